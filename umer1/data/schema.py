@@ -1,0 +1,90 @@
+"""The words all else uses: a pair as the file says it, a tokenised sequence, and a packed micro-batch."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a pair, as the data file says it (METHOD: SFT file format)."""
+
+    text: str  # the human turn; `<image>` / `<video>` markers are still in place
+    images: tuple[str, ...] = ()  # paths relative to the data root
+    video: tuple[str, ...] = ()  # frame paths, in order, relative to the data root
+    response: str | None = None  # the assistant turn; None for a prompt alone
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query, its positive and, optionally, hard negatives of its own."""
+
+    dataset: str
+    query: Side
+    positive: Side
+    negatives: tuple[Side, ...] = ()
+    index: int = -1  # position in the data file
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One tokenised side; L tokens, P vision patches, V vision spans (images or videos)."""
+
+    input_ids: torch.Tensor  # int64 [L]
+    labels: torch.Tensor  # int64 [L]: the NEXT token where it is supervised, -100 elsewhere
+    position_ids: torch.Tensor  # int64 [3, L]: temporal, height, width (M-RoPE)
+    pixel_values: torch.Tensor  # float32 [P, channels * temporal_patch * patch * patch]; P may be 0
+    grid_thw: torch.Tensor  # int64 [V, 3] in the order of appearance in input_ids, in patches
+    disc_index: int  # position of the last <disc_emb> of the prompt
+    gen_index: int  # position of the last <gen_emb> of the response; -1 when there is no response
+    prompt_length: int  # tokens before the response
+    target_id: int = 0  # int64 hash of the content (text and media names): equal targets have equal ids
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+
+@dataclass(slots=True)
+class EncodedPair:
+    """The tokenised sides of one pair and where it came from."""
+
+    query: Sequence
+    positive: Sequence
+    negatives: tuple[Sequence, ...] = ()
+    dataset: str = ""
+    index: int = -1
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """S sequences one after the other in T token slots (padding, if any, is a last segment of its own).
+
+    `cu_seqlens` bounds the segments, the padding segment included.  B pairs: sequences are ordered
+    query, positive, negatives of pair 0, then pair 1, and so on; the row fields below give token rows in that flat
+    layout, so that nothing downstream depends on the order.
+    """
+
+    input_ids: torch.Tensor  # int64 [T]
+    position_ids: torch.Tensor  # int64 [3, T]
+    cu_seqlens: torch.Tensor  # int32 [segments + 1]
+    max_seqlen: int
+    pixel_values: torch.Tensor  # float32 [P, patch_dim]
+    grid_thw: torch.Tensor  # int64 [V, 3]
+    disc_rows: torch.Tensor  # int64 [S]: B queries, then B positives, then all negatives
+    gen_rows: torch.Tensor  # int64 [S] in the same order; -1 where there is no response
+    num_pairs: int  # B
+    num_negatives: int  # S - 2B
+    target_ids: torch.Tensor  # int64 [B + num_negatives]: positives, then negatives
+    supervised_rows: torch.Tensor  # int64 [R]
+    supervised_labels: torch.Tensor  # int64 [R]
+    supervised_sides: torch.Tensor  # int64 [R]: 0 query, 1 positive
+    num_real_tokens: int  # T less padding
+    vision_features: torch.Tensor | None = field(default=None)  # [P, vision_dim], kept from the frozen ViT's one run
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Move every tensor; in place, and returns itself."""
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device, non_blocking=True))
+        return self
