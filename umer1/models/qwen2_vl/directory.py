@@ -1,0 +1,282 @@
+"""A Hugging Face Qwen2-VL directory as umer1 sees it: checked before it is used, and never executed.
+
+Only JSON and safetensors are read.  `auto_map` entries (code shipped with a model) are ignored and left out of exports.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from umer1.errors import UserError
+from umer1.files import write_text
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.models.qwen2_vl.safetensors_index import TensorEntry, scan_weights
+
+logger = logging.getLogger(__name__)
+
+GEN_EMB = "<gen_emb>"
+DISC_EMB = "<disc_emb>"
+# METHOD section 1: the embedding tokens, in the order in which they are added, and whose rows they start from
+_INITIAL_FROM = {GEN_EMB: "<|object_ref_end|>", DISC_EMB: "<|object_ref_start|>"}
+
+# Small text files of a directory; what is there is kept in memory and written beside every export and checkpoint.
+_ASSETS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_MAX_ASSET_BYTES = 64 << 20  # Qwen2-VL's tokenizer.json has 7 MB
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Ids of the tokens that umer1 treats apart, looked up in the tokenizer."""
+
+    disc_emb: int
+    gen_emb: int
+    image_pad: int
+    video_pad: int
+    vision_start: int
+    vision_end: int
+    im_start: int
+    im_end: int
+
+
+@dataclass(frozen=True)
+class HFDirectory:
+    """An opened directory.  `tokenizer` and `config` already include the two embedding tokens.
+
+    initial_rows: id of an added embedding token -> id of the token whose row it starts from; empty when the directory
+        had both tokens.
+    file_vocab_size: rows of the embedding table in the weight files; smaller than `config.vocab_size` only when the
+        table has to grow for the added tokens.
+    """
+
+    path: Path
+    config: Qwen2VLConfig
+    tokenizer: Tokenizer
+    special: SpecialTokens
+    initial_rows: dict[int, int]
+    file_vocab_size: int
+    assets: dict[str, str]
+
+    @classmethod
+    def open(cls, path: str | Path, *, weights: bool = True) -> "HFDirectory":
+        """Read and check `path`; `weights=False` for the asset folder of a checkpoint.  Raises UserError."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is not a directory; give a Hugging Face Qwen2-VL directory (with config.json).")
+        assets = _read_assets(path)
+        raw = _parse(path, assets, "config.json")
+        _check_model(path, raw)
+        tokenizer = _load_tokenizer(path, assets)
+        initial_rows = _add_embedding_tokens(path, tokenizer)
+        file_vocab_size = _grow_vocabulary(path, raw, tokenizer, initial_rows)
+        config = Qwen2VLConfig.from_hf(raw)
+        if violations := config.violations():
+            listed = "\n".join(f"  - {violation}" for violation in violations)
+            raise UserError(f"{path / 'config.json'} describes a model that umer1 cannot run:\n{listed}")
+        special = _special_tokens(path, tokenizer, raw)
+        assets["config.json"] = _dump(raw)
+        directory = cls(path, config, tokenizer, special, initial_rows, file_vocab_size, assets)
+        if weights:
+            _ = directory.tensors  # checks the index and every file's header now
+        return directory
+
+    @property
+    def added_tokens(self) -> bool:
+        """True when an embedding token had to be added, so that its row is to be initialised at import."""
+        return bool(self.initial_rows)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Name -> where the tensor lies, of all weight files; headers only.  Raises UserError."""
+        return scan_weights(self.path)
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """preprocessor_config.json as it stands (or processor_config.json's image part); {} when there is neither."""
+        settings = _parse(self.path, self.assets, "preprocessor_config.json")
+        return settings or _parse(self.path, self.assets, "processor_config.json").get("image_processor") or {}
+
+    @property
+    def video_settings(self) -> dict[str, Any]:
+        """video_preprocessor_config.json as it stands (or processor_config.json's video part); {} without either."""
+        settings = _parse(self.path, self.assets, "video_preprocessor_config.json")
+        return settings or _parse(self.path, self.assets, "processor_config.json").get("video_processor") or {}
+
+
+def save_assets(source: HFDirectory, destination: str | Path, *, dtype: str | None = None) -> None:
+    """Write config, tokenizer (embedding tokens included), processor settings and templates of `source`.
+
+    `dtype` ("float32", "bfloat16") is written into config.json as the type of the weights beside it.
+    """
+    destination = Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    for name, text in source.assets.items():
+        if name == "tokenizer.json":
+            text = source.tokenizer.to_str(pretty=True)
+        elif name == "tokenizer_config.json":
+            text = _dump(_with_added_tokens(_parse(source.path, source.assets, name), source.tokenizer))
+        elif name == "added_tokens.json":
+            added = source.tokenizer.get_added_tokens_decoder()
+            text = _dump({token.content: index for index, token in sorted(added.items())})
+        elif name == "config.json" and dtype is not None:
+            raw = json.loads(text)
+            raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+            text = _dump(raw)
+        write_text(destination / name, text)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_code(value: Any) -> Any:
+    """Drop `auto_map` (a pointer to Python code) at every level: neither used here nor passed on."""
+    if isinstance(value, dict):
+        return {key: _without_code(item) for key, item in value.items() if key != "auto_map"}
+    return [_without_code(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_assets(path: Path) -> dict[str, str]:
+    assets = {}
+    for name in _ASSETS:
+        file = path / name
+        if not file.is_file():
+            continue
+        if file.stat().st_size > _MAX_ASSET_BYTES:
+            raise UserError(f"{file} has {file.stat().st_size} bytes; at most {_MAX_ASSET_BYTES} are read.")
+        try:
+            assets[name] = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+        if "auto_map" in assets[name] and name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):
+            assets[name] = _dump(_without_code(_parse(path, assets, name)))
+    missing = [name for name in ("config.json", "tokenizer.json") if name not in assets]
+    if missing:
+        hint = ""
+        if "tokenizer.json" in missing and "vocab.json" in assets:
+            hint = " Make tokenizer.json with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
+        raise UserError(f"{path} has no {' and no '.join(missing)}; a Qwen2-VL directory needs both.{hint}")
+    return assets
+
+
+def _parse(path: Path, assets: dict[str, str], name: str) -> dict[str, Any]:
+    """The JSON object in asset `name`; {} when the file is not there."""
+    if name not in assets:
+        return {}
+    try:
+        value = json.loads(assets[name])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path / name} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path / name} must hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def _check_model(path: Path, raw: dict[str, Any]) -> None:
+    if raw.get("model_type") != "qwen2_vl":
+        raise UserError(
+            f"{path / 'config.json'} has model_type {raw.get('model_type')!r}; umer1 trains 'qwen2_vl' "
+            "(Qwen2-VL-2B, 7B, 72B and models of the same architecture)."
+        )
+    if raw.get("quantization_config") is not None:
+        raise UserError(f"{path / 'config.json'} describes quantised weights; give the unquantised model.")
+
+
+def _load_tokenizer(path: Path, assets: dict[str, str]) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(assets["tokenizer.json"])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path / 'tokenizer.json'} cannot be read: {error}.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _add_embedding_tokens(path: Path, tokenizer: Tokenizer) -> dict[int, int]:
+    """Add what is missing of `<gen_emb>`, `<disc_emb>` as plain tokens; new id -> id of the row to start from."""
+    initial_rows = {}
+    for text, source in _INITIAL_FROM.items():
+        if tokenizer.token_to_id(text) is not None:
+            continue
+        if (source_id := tokenizer.token_to_id(source)) is None:
+            raise UserError(
+                f"{path / 'tokenizer.json'} has neither {text} nor {source}, from whose row {text} would start; "
+                "use a Qwen2-VL tokenizer."
+            )
+        tokenizer.add_tokens([AddedToken(text, special=False, normalized=False)])
+        initial_rows[tokenizer.token_to_id(text)] = source_id
+    return initial_rows
+
+
+def _grow_vocabulary(path: Path, raw: dict[str, Any], tokenizer: Tokenizer, initial_rows: dict[int, int]) -> int:
+    """Raise vocab_size in `raw` (in place) if the added ids do not fit; returns the value that it had."""
+    holder = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
+    rows = holder.get("vocab_size", raw.get("vocab_size"))
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise UserError(f"{path / 'config.json'} has vocab_size {rows!r}; it must be a positive integer.")
+    highest = max((index for index in tokenizer.get_vocab().values() if index not in initial_rows), default=-1)
+    if highest >= rows:
+        raise UserError(
+            f"{path / 'tokenizer.json'} has token ids up to {highest}, but config.json's vocab_size is {rows}; "
+            "tokenizer and model do not belong together."
+        )
+    needed = max([rows, *(index + 1 for index in initial_rows)])
+    if needed > rows:
+        logger.warning(
+            "%s: no spare rows for %s; the vocabulary grows from %d to %d rows",
+            path,
+            " and ".join(_INITIAL_FROM),
+            rows,
+            needed,
+        )
+        for level in (raw, holder):
+            if "vocab_size" in level or level is holder:
+                level["vocab_size"] = needed
+    return rows
+
+
+def _special_tokens(path: Path, tokenizer: Tokenizer, raw: dict[str, Any]) -> SpecialTokens:
+    """Look the ids up; every missing token and every disagreement with config.json in one error."""
+    texts = {name: f"<|{name}|>" for name in SpecialTokens.__slots__} | {"disc_emb": DISC_EMB, "gen_emb": GEN_EMB}
+    ids = {name: tokenizer.token_to_id(text) for name, text in texts.items()}
+    problems = [f"the tokenizer has no {texts[name]}" for name, index in ids.items() if index is None]
+    fields = {
+        "image_token_id": "image_pad",
+        "video_token_id": "video_pad",
+        "vision_start_token_id": "vision_start",
+        "vision_end_token_id": "vision_end",
+    }
+    for field, name in fields.items():
+        if raw.get(field) is not None and ids[name] is not None and raw[field] != ids[name]:
+            problems.append(f"config.json has {field}={raw[field]}, but the tokenizer's {texts[name]} is {ids[name]}")
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems) + ". Tokenizer and config must be of one Qwen2-VL model.")
+    return SpecialTokens(**ids)
+
+
+def _with_added_tokens(tokenizer_config: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer_config.json listing every added token where it lists any (older transformers read them there)."""
+    listed = tokenizer_config.get("added_tokens_decoder")
+    if isinstance(listed, dict):
+        for index, token in tokenizer.get_added_tokens_decoder().items():
+            flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+            listed.setdefault(str(index), {flag: getattr(token, flag) for flag in flags})
+    return tokenizer_config
