@@ -1,0 +1,123 @@
+"""Tables, plots and comparisons of results that were made by the scoring code itself."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umer1.errors import UserError
+from umer1.evaluation.compare import main as compare_main
+from umer1.evaluation.curves import plot_training, read_metrics
+from umer1.evaluation.modes import GenOutputs, ModeEmbeddings, TaskOutputs, mean_over_tasks, score_task
+from umer1.evaluation.report import compare, evaluation_report, table, write_evaluation
+
+
+def result(seed: int, with_gen: bool = True, fingerprint: str = "f") -> dict:
+    rng = np.random.default_rng(seed)
+
+    def rows(*shape):
+        values = rng.normal(size=(*shape, 8)).astype(np.float32)
+        return values / np.linalg.norm(values, axis=-1, keepdims=True)
+
+    tasks = {}
+    for name, metric in (("img", "hit@1"), ("doc", "ndcg@5")):
+        gen = GenOutputs(
+            embeddings=ModeEmbeddings(rows(10), rows(6)),
+            empty_thoughts=rows(10),
+            shuffled_thoughts=rows(10),
+            samples=rows(10, 4),
+            sample_texts=[[str(i) for i in range(4)]] * 10,
+            lengths=rng.integers(3, 9, 10),
+            well_formed=rng.random(10) < 0.5,
+            missing=np.zeros(10, dtype=bool),
+            seconds_per_query=0.01,
+        )
+        tasks[name] = score_task(
+            TaskOutputs(
+                metric=metric,
+                labels=rng.integers(0, 6, 10),
+                disc=ModeEmbeddings(rows(10), rows(6)),
+                disc_seconds_per_query=0.002,
+                gen=gen if with_gen else None,
+                groups={"hops": [str(i % 3) for i in range(10)]},
+            )
+        )
+    return {
+        "benchmark": "mini",
+        "data_fingerprint": fingerprint,
+        "tasks": tasks,
+        "mean": mean_over_tasks(tasks),
+    }
+
+
+def test_table_aligns_columns():
+    assert table(["a", "number"], [["long name", "1"], ["b", "22.5"]]).splitlines() == [
+        "a          number",
+        "---------  ------",
+        "long name       1",
+        "b            22.5",
+    ]
+
+
+def test_report_shows_the_numbers_of_the_result(tmp_path):
+    made = result(0)
+    write_evaluation(made, tmp_path)
+    text = (tmp_path / "results.txt").read_text()
+    gen = made["tasks"]["doc"]["score"]["gen"]
+    assert f"{100 * gen['value']:.1f} ±{100 * gen['stderr']:.1f}" in text
+    for words in ("ndcg@5", "k=4", "by hops", "gen, shuffled", "mean", "ms gen"):
+        assert words in text
+    assert json.loads((tmp_path / "results.json").read_text()) == made
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.format == "PNG" and picture.width > 600
+
+
+def test_compare_puts_models_side_by_side(tmp_path):
+    one, two = result(0), result(1, with_gen=False)
+    text = compare({"umer1": one, "dume": two}, tmp_path / "compare.png")
+    lines = text.splitlines()
+    assert [line.split()[:2] for line in lines[2:]] == [
+        ["umer1", "disc"],
+        ["umer1", "gen"],
+        ["umer1", "oracle"],
+        ["dume", "disc"],
+    ]
+    assert f"{100 * two['mean']['score']['disc']['value']:.1f}" in lines[-1]
+    with Image.open(tmp_path / "compare.png") as picture:
+        assert picture.format == "PNG"
+    assert "-" in evaluation_report(two)
+
+
+def test_compare_refuses_results_on_other_queries():
+    with pytest.raises(UserError, match="b was scored on other queries than a"):
+        compare({"a": result(0), "b": result(0, fingerprint="other")})
+
+
+def test_training_curves(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        {"iteration": step, "loss": 3.0 / step, "gen_recall": 0.1 * step, "grad_norm": 1.0, "note": "text"}
+        for step in (1, 2, 3)
+    ]
+    lines = [json.dumps(record) for record in (*records, {"iteration": 2, "loss": 9.0})]
+    path.write_text("\n".join(lines) + '\n{"iteration": 4, "lo')
+    read = read_metrics(path)
+    assert [(record["iteration"], record["loss"]) for record in read] == [(1, 3.0), (2, 9.0), (3, 1.0)]
+    plot_training(path, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.format == "PNG"
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="no line with an 'iteration'"):
+        plot_training(path, tmp_path / "curve.png")
+
+
+def test_compare_command(tmp_path, capsys):
+    for name, seed in (("one", 0), ("two", 1)):
+        write_evaluation(result(seed), tmp_path / name)
+    compare_main([f"a={tmp_path / 'one'}", f"b={tmp_path / 'two' / 'results.json'}", "--png", str(tmp_path / "c.png")])
+    assert "oracle" in capsys.readouterr().out and (tmp_path / "c.png").exists()
+    (tmp_path / "other.json").write_text("[]")
+    for bad, message in (("one", "NAME=PATH"), ("a=nowhere", "cannot be read"), (f"a={tmp_path}/other.json", "not a")):
+        with pytest.raises(UserError, match=message):
+            compare_main([bad])
