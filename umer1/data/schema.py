@@ -11,7 +11,7 @@ class Side:
 
     text: str  # the human turn; `<image>` / `<video>` markers are still in place
     images: tuple[str, ...] = ()  # paths relative to the data root
-    video: tuple[str, ...] = ()  # frame paths, in order, relative to the data root
+    videos: tuple[tuple[str, ...], ...] = ()  # per video its frame paths, in order, relative to the data root
     response: str | None = None  # the assistant turn; None for a prompt alone
 
 

@@ -1,0 +1,235 @@
+"""Pictures to patches, equal to transformers' Qwen2-VL image processor.
+
+The ViT takes one row per patch of `temporal_patch_size` frames: an image counts as a video whose one frame stands in
+all of them.  Rows are ordered so that the 2 x 2 patches that the merger joins are neighbours.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from umer1.data.bad_samples import BadSample
+from umer1.errors import ConfigError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT_RATIO = 200  # the limit of the published processor
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """Patch geometry, normalisation and pixel bounds; METHOD's recipe where nothing else says otherwise."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    min_pixels: int = 768
+    max_pixels: int = 2_359_296
+    video_min_pixels: int = 3_136
+    video_max_pixels: int = 25_088
+
+    @property
+    def factor(self) -> int:
+        """Height and width of one vision token in pixels."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of one row of pixel values."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def violations(self) -> list[str]:
+        found = []
+        for low_name, high_name in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
+            low, high = getattr(self, low_name), getattr(self, high_name)
+            if not 1 <= low <= high:
+                found.append(f"{low_name}={low} and {high_name}={high}: needs 1 <= {low_name} <= {high_name}")
+            if high < self.factor**2:
+                found.append(f"{high_name}={high} is less than one vision token; use {self.factor**2} or more")
+        if any(value <= 0 for value in self.std):
+            found.append(f"image_std={list(self.std)} must be positive")
+        return found
+
+    @staticmethod
+    def from_settings(
+        vision: Any,
+        image_settings: dict | None = None,
+        video_settings: dict | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        video_min_pixels: int | None = None,
+        video_max_pixels: int | None = None,
+    ) -> "ImageConfig":
+        """Explicit bounds win over the directory's preprocessor files, these over METHOD's recipe.
+
+        vision: the model's VisionConfig (patch_size, temporal_patch_size, spatial_merge_size), which the files must
+        not contradict.  Raises ConfigError with every fault found.
+        """
+        image_settings, video_settings = image_settings or {}, video_settings or {}
+        problems = _unsupported("image", image_settings, vision) + _unsupported("video", video_settings, vision)
+        default = ImageConfig()
+        low, high = _bounds(image_settings)
+        video_low, video_high = _bounds(video_settings)
+        config = ImageConfig(
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+            mean=_channels(image_settings.get("image_mean"), CLIP_MEAN),
+            std=_channels(image_settings.get("image_std"), CLIP_STD),
+            min_pixels=_first(min_pixels, low, default.min_pixels),
+            max_pixels=_first(max_pixels, high, default.max_pixels),
+            video_min_pixels=_first(video_min_pixels, video_low, default.video_min_pixels),
+            video_max_pixels=_first(video_max_pixels, video_high, default.video_max_pixels),
+        )
+        problems += config.violations()
+        if problems:
+            raise ConfigError(problems)
+        return config
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)
+
+
+def _bounds(settings: dict) -> tuple[int | None, int | None]:
+    """(fewest, most) pixels in either spelling of a preprocessor file."""
+    size = settings.get("size")
+    size = size if isinstance(size, dict) else {}
+    low, high = settings.get("min_pixels"), settings.get("max_pixels")
+    low = _first_or_none(low, size.get("shortest_edge"), size.get("min_pixels"))
+    high = _first_or_none(high, size.get("longest_edge"), size.get("max_pixels"))
+    return low, high
+
+
+def _first_or_none(*values):
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _channels(value, default):
+    return tuple(float(item) for item in value) if isinstance(value, list) and len(value) == 3 else default
+
+
+def _unsupported(kind: str, settings: dict, vision: Any) -> list[str]:
+    """What a preprocessor file asks for that would change the pixels in a way this code does not follow."""
+    found = []
+    fixed = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": int(Image.Resampling.BICUBIC),
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    for name, legal in fixed.items():
+        if settings.get(name) is not None and settings[name] != legal:
+            found.append(f"the {kind} preprocessor settings say {name}={settings[name]!r}; only {legal!r} is supported")
+    factor = settings.get("rescale_factor")
+    if factor is not None and not (isinstance(factor, float) and math.isclose(factor, 1 / 255)):
+        found.append(f"the {kind} preprocessor settings say rescale_factor={factor!r}; only 1/255 is supported")
+    for name in ("image_mean", "image_std"):
+        value = settings.get(name)
+        legal = isinstance(value, list) and len(value) == 3 and all(isinstance(item, int | float) for item in value)
+        if value is not None and not legal:
+            found.append(f"the {kind} preprocessor settings say {name}={value!r}; three numbers are needed")
+    return found
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) as multiples of `factor`, near the aspect ratio, with the area inside the bounds.
+
+    Raises BadSample("aspect_ratio") beyond 200 : 1.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise BadSample("aspect_ratio", f"{width} x {height} is longer than {MAX_ASPECT_RATIO} : 1")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+class Patchifier:
+    """Images and videos to rows of pixel values under one ImageConfig."""
+
+    def __init__(self, config: ImageConfig):
+        self.config = config
+        # A byte has 256 values: rescaling and normalising are one look-up.  fp64, then fp32, then (x - mean) / std in
+        # fp32 is the order of transformers' rounding steps, and gives the same bits.
+        values = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+        self._table = ((values[None, :] - mean[:, None]) / std[:, None]).astype(np.float32).reshape(-1)  # [3 * 256]
+
+    def image_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) after resizing an image."""
+        config = self.config
+        return smart_resize(
+            height, width, factor=config.factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+        )
+
+    def frame_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) after resizing a video frame."""
+        config = self.config
+        return smart_resize(
+            height, width, factor=config.factor, min_pixels=config.video_min_pixels, max_pixels=config.video_max_pixels
+        )
+
+    def image(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """RGB image -> (float32 [P, patch_dim], grid (1, rows, columns) in patches)."""
+        frame = _resized(image, self.image_size(*image.size))
+        return self._patchify([frame] * self.config.temporal_patch_size)
+
+    def video(self, frames: list[Image.Image]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """RGB frames of one size -> (float32 [P, patch_dim], grid (steps, rows, columns) in patches).
+
+        An incomplete last step repeats the last frame.  Raises BadSample("frame_sizes") when sizes differ.
+        """
+        first = frames[0].size
+        for frame in frames:
+            if frame.size != first:
+                raise BadSample(
+                    "frame_sizes", f"frames of {first[0]} x {first[1]} and {frame.size[0]} x {frame.size[1]}"
+                )
+        size = self.frame_size(*first)
+        arrays = [_resized(frame, size) for frame in frames]
+        arrays += [arrays[-1]] * (-len(arrays) % self.config.temporal_patch_size)
+        return self._patchify(arrays)
+
+    def _patchify(self, frames: list[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        patch, merge, temporal = self.config.patch_size, self.config.merge_size, self.config.temporal_patch_size
+        rows, columns = frames[0].shape[0] // patch, frames[0].shape[1] // patch
+        steps = len(frames) // temporal
+        still = all(frame is frames[0] for frame in frames)
+        kept = 1 if still else temporal
+        pixels = np.stack(frames[:1] if still else frames).reshape(
+            steps, kept, rows // merge, merge, patch, columns // merge, merge, patch, 3
+        )
+        # -> step, merged row, merged column, row and column inside, channel, frame inside, y, x
+        pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        index = pixels + (np.arange(3, dtype=np.uint16) * 256).reshape(3, 1, 1, 1)
+        values = self._table.take(index)  # float32
+        if kept != temporal:
+            shape = values.shape[:6] + (temporal,) + values.shape[7:]
+            values = np.broadcast_to(values, shape)
+        values = values.reshape(steps * rows * columns, self.config.patch_dim)
+        return torch.from_numpy(np.ascontiguousarray(values)), (steps, rows, columns)
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [height, width, 3]."""
+    height, width = size
+    if image.size != (width, height):
+        image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    return np.asarray(image)
