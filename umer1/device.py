@@ -1,0 +1,56 @@
+"""The one place that asks what this machine has: device, communication backend, Transformer Engine."""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+
+@cache
+def has_cuda() -> bool:
+    """Whether a CUDA device can be used by this process."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: the CUDA device of its local rank, else the CPU."""
+    if has_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """Communication backend for `device()`: "nccl" or "gloo"."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+@cache
+def has_te() -> bool:
+    """Whether Transformer Engine's layers can be used: a CUDA device and the package."""
+    return has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def default_dtype() -> torch.dtype:
+    """bfloat16 where tensor cores are, float32 on the CPU."""
+    return torch.bfloat16 if has_cuda() else torch.float32
+
+
+def device_name() -> str:
+    """What a person calls the device."""
+    return torch.cuda.get_device_name(device()) if has_cuda() else "CPU"
+
+
+def synchronize() -> None:
+    """Wait until the device has done all queued work; nothing to wait for on the CPU."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def memory_gib() -> float:
+    """Peak memory in GiB: allocated on the CUDA device, else resident in this process."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
