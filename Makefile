@@ -1,0 +1,20 @@
+# make quickstart   set up, train the embedded default, score it        make test   set up and run the tests
+PYTHON ?= python3
+NPROC ?= 2
+BIN = .venv/bin
+RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
+
+.PHONY: quickstart test lint setup
+setup: .venv/ready
+
+.venv/ready: requirements/cpu.txt requirements/cuda.txt pyproject.toml setup.py requirements/install.sh
+	PYTHON="$(PYTHON)" sh requirements/install.sh
+
+quickstart: setup
+	@NPROC=$(NPROC) $(BIN)/python examples/quickstart.py
+
+test: setup
+	$(BIN)/python -m pytest -q --durations=15 tests
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,0 +1,109 @@
+"""Flags and YAML: precedence, types, and all problems in one message."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from umer1.configuration import field_help, help_text, load_config, to_yaml
+from umer1.errors import ConfigError, UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class Speed:
+    """How fast"""
+
+    lr: float = 1e-3
+    """Learning rate."""
+    train_iters: int = 10
+    """Steps."""
+    warmup: int | None = None
+    """Warm-up,
+    over two lines."""
+
+    def violations(self):
+        return [f"lr={self.lr} must be above 0"] if self.lr <= 0 else []
+
+
+@dataclass(kw_only=True, slots=True)
+class Model:
+    """Which one"""
+
+    train_vision: bool = False
+    """Train the ViT."""
+    hf_model: str | None = None
+    """Directory."""
+    data_path: str | None = None
+    """File."""
+
+    def violations(self):
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    speed: Speed = field(default_factory=Speed)
+
+    def violations(self):
+        return self.speed.violations()
+
+
+def test_defaults_yaml_flags_in_this_order(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("speed:\n  lr: 1e-4\n  train_iters: 7\ntrain-vision: true\n")  # 1e-4 is text to PyYAML
+    config = load_config(Config, ["--config", str(path), "--train-iters=3", "--warmup", "2"])
+    assert (config.speed.lr, config.speed.train_iters, config.speed.warmup) == (1e-4, 3, 2)
+    assert config.model.train_vision
+    assert not load_config(Config, ["--config", str(path), "--freeze-vision"]).model.train_vision
+    assert not load_config(Config, ["--config", str(path), "--no-train-vision"]).model.train_vision
+
+
+def test_resolved_configuration_reads_back(tmp_path):
+    path = tmp_path / "resolved.yaml"
+    config = load_config(Config, ["--lr", "3e-5", "--hf-model", "a b", "--warmup", "none"])
+    path.write_text(to_yaml(config))
+    assert load_config(Config, ["--config", str(path)]) == config
+
+
+def test_default_config_is_used_only_without_data_or_model(tmp_path):
+    path = tmp_path / "mini.yaml"
+    path.write_text("train_iters: 4\n")
+    assert load_config(Config, ["--lr", "2"], path).speed.train_iters == 4
+    assert load_config(Config, ["--hf-model", "x"], path).speed.train_iters == 10
+
+
+def test_every_problem_at_once(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("learning: 3\ntrain_iter: 4\nmodel:\n  lr: 3\n")
+    flags = ["--config", str(path), "--lrr", "1", "--train-iters", "many", "--lr", "-1", "stray", "--hf-model"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, flags)
+    text = str(caught.value)
+    for part in (
+        "unknown setting learning",
+        "did you mean train_iters",
+        "lr belongs to section speed",
+        "did you mean --lr",
+        "train_iters='many' must be a whole number",
+        "lr=-1.0 must be above 0",
+        "'stray'",
+        "--hf-model needs a value",
+    ):
+        assert part in text, part
+    assert len(caught.value.violations) == 8
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just text"])
+def test_unreadable_yaml_is_one_message(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="c.yaml"):
+        load_config(Config, ["--config", str(path)])
+    with pytest.raises(UserError, match="nowhere"):
+        load_config(Config, ["--config", "nowhere.yaml"])
+
+
+def test_help_names_every_flag_and_default():
+    text = help_text(Config, "Intro.")
+    assert "--lr  (default: 0.001)" in text and "--train-vision / --freeze-vision" in text
+    assert field_help(Speed)["warmup"] == "Warm-up, over two lines."

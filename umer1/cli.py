@@ -1,0 +1,34 @@
+"""The `umer1` command: thin, each subcommand is a module's main(argv)."""
+
+import importlib
+import sys
+
+from umer1.errors import exit_on_user_error
+
+COMMANDS = {
+    "convert": ("umer1.conversion", "Hugging Face directory <-> megatron distributed checkpoint"),
+    "encode": ("umer1.inference.encode", "JSONL of inputs -> embeddings, in disc or gen mode"),
+    "eval": ("umer1.evaluation.mini", "score a model on a benchmark"),
+    "compare": ("umer1.evaluation.compare", "results of several runs side by side"),
+    "mini": ("umer1.data.mini_mmeb", "write the mini-MMEB benchmark's files"),
+}
+
+
+def main() -> None:
+    """Run `umer1 COMMAND ...`."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: umer1 COMMAND ...   (umer1 COMMAND --help tells more)\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:10s} {text}")
+        print("\nTraining: torchrun --nproc-per-node N examples/pretrain_sft.py --help")
+        return
+    if arguments[0] not in COMMANDS:
+        print(f"umer1: error: unknown command {arguments[0]!r}; use {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    with exit_on_user_error(f"umer1 {arguments[0]}"):
+        importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""From settings to DDP-wrapped model chunks with a Hugging Face directory's weights in them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+from umer1 import device
+from umer1.distributed.parallel import ParallelConfig, ParallelState
+from umer1.losses.contrastive import LossConfig
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.model import build_model
+from umer1.models.qwen2_vl.weights import load_hf
+
+MINI_BASE = Path(__file__).parent.parent / "assets" / "mini_base"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which weights, which of them are trained, in which precision"""
+
+    hf_model: str | None = None
+    """Hugging Face Qwen2-VL directory to start from; default: the embedded tiny base."""
+    train_vision: bool = False
+    """Train the ViT too; frozen, it runs once a sample and step.  The merger and the decoder are always trained."""
+    fp32: bool = False
+    """fp32 weights and arithmetic (the default without a GPU)."""
+    bf16: bool = False
+    """bf16 weights with fp32 main copies in the optimizer (the default on a GPU)."""
+    export_hf: str | None = None
+    """Write the trained model here as a Hugging Face directory at the end."""
+
+    def violations(self) -> list[str]:
+        if self.fp32 and self.bf16:
+            return ["fp32 and bf16 are both set; choose one"]
+        return []
+
+    @property
+    def params_dtype(self) -> torch.dtype:
+        if self.fp32 or self.bf16:
+            return torch.float32 if self.fp32 else torch.bfloat16
+        return device.default_dtype()
+
+    @property
+    def source(self) -> Path:
+        """The directory that configuration, tokenizer and first weights come from."""
+        return Path(self.hf_model) if self.hf_model else MINI_BASE
+
+
+def build_training_model(
+    model: ModelConfig, parallel: ParallelConfig, loss: LossConfig, directory: HFDirectory, state: ParallelState
+) -> list[torch.nn.Module]:
+    """This rank's chunks (one a virtual stage), weights loaded, parts frozen, wrapped in megatron's DDP."""
+    chunks = build_model(directory.config, parallel, state, params_dtype=model.params_dtype)
+    load_hf(chunks, directory, state)
+    for chunk in chunks:
+        chunk.set_trainable(model.train_vision)
+    if loss.learnable_temperature and chunks[-1].post_process:
+        # fp32 whatever the model's dtype: bf16 steps of a logarithm would be coarser than its learning rate.
+        scale = torch.tensor(-math.log(loss.contrastive_temperature), dtype=torch.float32, device=state.device)
+        chunks[-1].log_scale = torch.nn.Parameter(scale)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        chunk.config.calculate_per_token_loss = True  # gradients are summed over DP; see forward_step.py
+        chunk.config.finalize_model_grads_func = finalize_without_division
+        ddp = DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        ddp.broadcast_params()
+        wrapped.append(ddp)
+    if parallel.overlap_grad_reduce:
+        config = chunks[0].config
+        config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def finalize_without_division(models: list[torch.nn.Module], num_tokens=None, **kwargs) -> None:
+    """Megatron's gradient reductions; the losses are divided already, so its token count is dropped."""
+    finalize_model_grads(models, None, **kwargs)

@@ -1,0 +1,133 @@
+"""One record a log interval: a line in Megatron's grammar, the same as JSONL, TensorBoard and, when asked, W&B."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umer1.files import write_text
+
+LINE = (  # record key, what the line calls it, format
+    ("loss", "loss", ".4f"),
+    ("disc_loss", "disc nce", ".4f"),
+    ("gen_loss", "gen nce", ".4f"),
+    ("ce_query", "ce query", ".4f"),
+    ("ce_positive", "ce positive", ".4f"),
+    ("disc_recall", "disc recall@1", ".3f"),
+    ("gen_recall", "gen recall@1", ".3f"),
+    ("disc_positive_similarity", "disc pos sim", ".3f"),
+    ("disc_negative_similarity", "disc neg sim", ".3f"),
+    ("gen_positive_similarity", "gen pos sim", ".3f"),
+    ("gen_negative_similarity", "gen neg sim", ".3f"),
+    ("temperature", "temperature", ".4f"),
+    ("grad_norm", "grad norm", ".3f"),
+    ("skipped_iterations", "number of skipped iterations", "d"),
+    ("nan_iterations", "number of nan iterations", "d"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+    ("patches_per_second", "patches/s", ",.0f"),
+    ("tflops_per_device", "throughput per device (TFLOP/s)", ".4g"),
+    ("mfu", "MFU", ".1%"),
+    ("padding_share", "padding", ".1%"),
+    ("memory_mib", "memory (MiB)", ".0f"),
+    ("bad_samples", "bad samples", "d"),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What the run tells and where"""
+
+    log_interval: int = 1
+    """Steps between log lines; numbers are means over the interval."""
+    tensorboard_dir: str | None = None
+    """TensorBoard directory; default: SAVE/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project; not used unless it is given (needs the wandb package)."""
+
+    def violations(self) -> list[str]:
+        if self.log_interval < 1:
+            return [f"log_interval={self.log_interval} must be 1 or above"]
+        return []
+
+
+def duration(seconds: float) -> str:
+    """1:02:03"""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+class MetricsLogger:
+    """Rank 0's record of the run in `directory` (None: console alone).  After a resume, lines of steps that will be
+    run again are dropped from metrics.jsonl, so that each step stands there once."""
+
+    def __init__(self, config: LoggingConfig, directory: str | None, resumed_at: int, settings: dict[str, Any]):
+        self.jsonl = self.tensorboard = self.wandb = None
+        if directory is not None:
+            path = Path(directory) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keep_until(path, resumed_at)
+            self.jsonl = open(path, "a", encoding="utf-8")
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = config.tensorboard_dir or str(Path(directory) / "tensorboard")
+            self.tensorboard = SummaryWriter(board, purge_step=resumed_at + 1 if resumed_at else None)
+        if config.wandb_project:
+            import wandb
+
+            self.wandb = wandb.init(project=config.wandb_project, dir=directory, config=settings, resume="allow")
+
+    def log(self, record: dict[str, Any]) -> None:
+        print(log_line(record), flush=True)
+        if self.jsonl:
+            clean = {key: finite_or_none(value) for key, value in record.items()}
+            self.jsonl.write(json.dumps(clean) + "\n")
+            self.jsonl.flush()
+            for key, value in clean.items():
+                if isinstance(value, (int, float)) and key != "iteration":
+                    self.tensorboard.add_scalar(key, value, record["iteration"])
+        if self.wandb:
+            self.wandb.log(record, step=record["iteration"])
+
+    def close(self) -> None:
+        if self.jsonl:
+            os.fsync(self.jsonl.fileno())
+            self.jsonl.close()
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep_until(path: Path, iteration: int) -> None:
+    """Drop the records after `iteration`, and a last line that a crash cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and record.get("iteration", 0) <= iteration:
+            kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def log_line(record: dict[str, Any]) -> str:
+    """Megatron's console line, then ours in the same grammar."""
+    parts = [
+        f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {record['iteration']:8d}/{record['train_iters']:8d}",
+        f"consumed samples: {record['consumed_samples']:12d}",
+        f"elapsed time per iteration (ms): {record['milliseconds']:.1f}",
+        f"learning rate: {record['learning_rate']:.6E}",
+        f"global batch size: {record['global_batch_size']:5d}",
+    ]
+    parts += [f"{name}: {record[key]:{form}}" for key, name, form in LINE if record.get(key) is not None]
+    return " | ".join([*parts, f"ETA: {duration(record['eta_seconds'])} |"])

@@ -1,0 +1,22 @@
+"""SIGTERM (a scheduler's or a user's) and SIGUSR1 (a warning before the time limit): save at the next step, leave."""
+
+import signal
+from types import FrameType
+
+LEAVE = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class SignalWatch:
+    """Remembers the first signal; the loop looks at `received` once a step and all ranks agree on it."""
+
+    def __init__(self):
+        self.received: int = 0
+        self._before = {number: signal.signal(number, self._note) for number in LEAVE}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
