@@ -81,9 +81,15 @@ class MediaRoot:
         Raises BadSample: path_escape, missing_file, file_too_large, too_many_pixels, corrupt_image.
         """
         with _open_regular(self.resolve(relative), relative, self.max_file_bytes) as file:
-            return self._decode(file, relative)
+            return self._decode(file, relative, to_rgb)
 
-    def _decode(self, file, relative: str) -> Image.Image:
+    def image_size(self, relative: str) -> tuple[int, int]:
+        """(width, height) as the file's header has it, no pixel decoded.  Raises BadSample like open_image."""
+        with _open_regular(self.resolve(relative), relative, self.max_file_bytes) as file:
+            return self._decode(file, relative, lambda image: image.size)
+
+    def _decode(self, file, relative: str, read):
+        """`read(image)` of an image whose header is within the bounds."""
         try:
             with warnings.catch_warnings():
                 # Our own bound on the header's size is what counts, and metadata faults are not the pixels' faults.
@@ -95,8 +101,7 @@ class MediaRoot:
                             "too_many_pixels",
                             f"{relative!r} is {width} x {height}, more than {self.max_source_pixels} pixels",
                         )
-                    image.load()
-                    return to_rgb(image)
+                    return read(image)
         except BadSample:
             raise
         except UnidentifiedImageError:
@@ -130,6 +135,7 @@ def _open_regular(path: str, relative: str, max_bytes: int):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as users of Qwen2-VL prepare it: EXIF orientation applied, alpha composited on white."""
+    image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return _upright(image)
     if image.mode.startswith("I;16") or image.mode == "I":

@@ -150,7 +150,8 @@ class Processor:
         length = prompt.prompt_length + len(ids)
         if self.max_length is not None and length > self.max_length:
             raise self._too_long(length)
-        start = int(prompt.position_ids.max()) + 1
+        # the prompt ends in text, whose axes agree; a long video's frame positions may be larger than this
+        start = int(prompt.position_ids[0, -1]) + 1
         added = torch.arange(start, start + len(ids)).expand(3, -1)
         tokens = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.int64)])
         return replace(

@@ -1,0 +1,25 @@
+"""The fixed words of METHOD section 2."""
+
+from umer1.data import prompts
+
+
+def test_user_and_assistant_text():
+    assert prompts.user_text("  a cat \n") == f"a cat\n<disc_emb>\n{prompts.SUFFIX}"
+    assert prompts.SUFFIX.count("<gen_emb>") == 1 and "\n" not in prompts.SUFFIX
+    assert prompts.assistant_text("r", "s") == "<think>r</think><answer>s<gen_emb>"
+
+
+def test_chat_text():
+    block = prompts.vision_block(2) + prompts.vision_block(1, video=True)
+    assert prompts.chat_text(f"{block}hi", "ho") == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|image_pad|><|vision_end|><|vision_start|><|video_pad|><|vision_end|>hi<|im_end|>\n"
+        "<|im_start|>assistant\nho<|im_end|>"
+    )
+
+
+def test_format():
+    assert prompts.has_format("<think>a\nb</think>\n<answer>c\n<gen_emb>")
+    assert prompts.has_format("x<think></think><answer><gen_emb><|im_end|>")
+    for text in ("<think>a</think><answer>c", "<answer>c<gen_emb><think>a</think>", "a</think><answer>c<gen_emb>", ""):
+        assert not prompts.has_format(text)
