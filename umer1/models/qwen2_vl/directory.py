@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from umer1.errors import UserError
+from umer1.errors import ConfigError, UserError
 from umer1.files import write_text
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.safetensors_index import TensorEntry, scan_weights
@@ -87,10 +87,10 @@ class HFDirectory:
         tokenizer = _load_tokenizer(path, assets)
         initial_rows = _add_embedding_tokens(path, tokenizer)
         file_vocab_size = _grow_vocabulary(path, raw, tokenizer, initial_rows)
-        config = Qwen2VLConfig.from_hf(raw)
-        if violations := config.violations():
-            listed = "\n".join(f"  - {violation}" for violation in violations)
-            raise UserError(f"{path / 'config.json'} describes a model that umer1 cannot run:\n{listed}")
+        try:
+            config = Qwen2VLConfig.from_hf(raw)
+        except ConfigError as error:
+            raise UserError(f"{path / 'config.json'} describes a model that umer1 cannot run: {error}") from error
         special = _special_tokens(path, tokenizer, raw)
         assets["config.json"] = _dump(raw)
         directory = cls(path, config, tokenizer, special, initial_rows, file_vocab_size, assets)
