@@ -1,0 +1,173 @@
+"""The SFT data file (METHOD section 6): an index made once, records read and checked one at a time.
+
+A JSONL file is indexed by byte offsets and never held in memory; a JSON list is streamed through once for the same
+kind of index.  A file that is not one of the two is a UserError that says where; a record that is wrong is a BadSample
+when its turn comes.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from umer1.data.bad_samples import BadSample
+from umer1.data.indexing import MAX_RECORD_BYTES, FileIndex, index_file
+from umer1.data.media import MediaRoot
+from umer1.data.processor import Processor
+from umer1.data.schema import EncodedPair, Pair, Side
+
+_HUMAN, _GPT = "human", "gpt"
+
+
+class PairDataset:
+    """Pairs of one data file; media are opened when a pair is asked for.
+
+    data_root: the folder that media paths start at; the data file's own folder when None.
+    Raises UserError when the file is missing, empty, or neither a JSON list nor JSONL.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        data_root: str | Path | None,
+        processor: Processor | None = None,
+        *,
+        max_source_pixels: int | None = None,
+    ):
+        self.path = Path(path)
+        self.processor = processor
+        bounds = {} if max_source_pixels is None else {"max_source_pixels": max_source_pixels}
+        self.media = MediaRoot(self.path.parent if data_root is None else data_root, **bounds)
+        self._index: FileIndex = index_file(self.path)
+        self._fd: tuple[int, int] | None = None  # (process, descriptor): workers open their own
+
+    def __len__(self) -> int:
+        return len(self._index.starts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the data sets, in order of first appearance."""
+        return self._index.names
+
+    @property
+    def name_ids(self) -> np.ndarray:
+        """int32 [N]: for each pair, which of `names` it belongs to."""
+        return self._index.name_ids
+
+    def dataset_name(self, index: int) -> str:
+        return self._index.names[self._index.name_ids[index]]
+
+    def read(self, index: int) -> Pair:
+        """The record as it is in the file, checked in form; BadSample("bad_record") when it is not well-formed."""
+        start, length = int(self._index.starts[index]), int(self._index.lengths[index])
+        if length > MAX_RECORD_BYTES:
+            raise BadSample("bad_record", f"the record has {length} bytes, more than {MAX_RECORD_BYTES}")
+        raw = os.pread(self._descriptor(), length, start)
+        try:
+            record = json.loads(raw)
+        except RecursionError:
+            raise BadSample("bad_record", "the record is nested too deeply") from None
+        except ValueError as error:
+            raise BadSample("bad_record", f"the record is not JSON: {error}") from None
+        return parse_pair(record, index)
+
+    def __getitem__(self, index: int) -> EncodedPair:
+        """Both sides (and hard negatives) tokenised; raises BadSample."""
+        pair = self.read(index)
+        return EncodedPair(
+            query=self._encode("qry", pair.query),
+            positive=self._encode("pos", pair.positive),
+            negatives=tuple(self._encode("neg", side) for side in pair.negatives),
+            dataset=pair.dataset,
+            index=index,
+        )
+
+    def _encode(self, name: str, side: Side):
+        try:
+            return self.processor.encode_side(side, self.media)
+        except BadSample as error:
+            raise BadSample(error.cause, f"{name}: {error.detail}") from None
+
+    def _descriptor(self) -> int:
+        if self._fd is None or self._fd[0] != os.getpid():
+            self._fd = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        return self._fd[1]
+
+    def close(self) -> None:
+        if self._fd is not None and self._fd[0] == os.getpid():
+            os.close(self._fd[1])
+        self._fd = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fd": None}
+
+
+def parse_pair(record: Any, index: int = -1) -> Pair:
+    """One record of an SFT file; BadSample("bad_record") says what has the wrong form."""
+    if not isinstance(record, dict):
+        raise BadSample("bad_record", f"a record must be an object, not {_kind(record)}")
+    name = record.get("dataset_name", "")
+    if not isinstance(name, str):
+        raise BadSample("bad_record", f"dataset_name must be a string, not {_kind(name)}")
+    negatives = record.get("neg")
+    if negatives is None:
+        negatives = []
+    if not isinstance(negatives, list):
+        raise BadSample("bad_record", f"neg must be a list of sides, not {_kind(negatives)}")
+    return Pair(
+        dataset=name,
+        query=_parse_side("qry", record.get("qry")),
+        positive=_parse_side("pos", record.get("pos")),
+        negatives=tuple(_parse_side(f"neg[{place}]", side) for place, side in enumerate(negatives)),
+        index=index,
+    )
+
+
+def _parse_side(name: str, side: Any) -> Side:
+    if not isinstance(side, dict):
+        raise BadSample("bad_record", f"{name} must be an object, not {_kind(side)}")
+    turns = side.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadSample("bad_record", f"{name}.conversations must be a list of turns")
+    if [turn.get("from") for turn in turns] != [_HUMAN, _GPT]:
+        raise BadSample("bad_record", f"{name}.conversations must be one turn from human and one from gpt")
+    human, gpt = (turn.get("value") for turn in turns)
+    if not isinstance(human, str) or not isinstance(gpt, str):
+        raise BadSample("bad_record", f"{name}.conversations: value must be a string")
+    return Side(text=human, images=_images(name, side), videos=_videos(name, side), response=gpt)
+
+
+def _images(name: str, side: dict) -> tuple[str, ...]:
+    value = side.get("image")
+    if value is None:
+        return ()
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise BadSample("bad_record", f"{name}.image must be a path or a list of paths")
+    return tuple(path for path in paths if path)
+
+
+def _videos(name: str, side: dict) -> tuple[tuple[str, ...], ...]:
+    """A list of frame paths is one video, a list of such lists several; empty strings and lists are none."""
+    value = side.get("video")
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, list):
+        raise BadSample("bad_record", f"{name}.video must be a list of frame paths, not {_kind(value)}")
+    several = [value] if all(isinstance(item, str) for item in value) else value
+    videos = []
+    for frames in several:
+        if not isinstance(frames, list) or not all(isinstance(path, str) for path in frames):
+            raise BadSample("bad_record", f"{name}.video must be a list of frame paths, or a list of such lists")
+        kept = tuple(path for path in frames if path)
+        if kept:
+            videos.append(kept)
+    return tuple(videos)
+
+
+def _kind(value: Any) -> str:
+    """The JSON word for a value's type."""
+    words = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "missing"}
+    return words.get(type(value), "a number")
