@@ -40,7 +40,6 @@ def decoder_config(config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=True,
-        init_method_std=config.initializer_range,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
         num_layers_in_first_pipeline_stage=first,
@@ -73,7 +72,6 @@ def vision_config(config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch.
         activation_func=ACTIVATIONS[vision.hidden_act],
         add_bias_linear=True,
         add_qkv_bias=True,
-        init_method_std=config.initializer_range,
         **_common(parallel, dtype),
     )
 
@@ -91,9 +89,11 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         recompute_num_layers=(parallel.recompute_num_layers or 1) if full else None,
         # The loss comes divided; megatron must add gradients up over micro-batches and ranks and divide nothing.
         calculate_per_token_loss=True,
-        # Weights are always loaded, never drawn.
-        perform_initialization=False,
-        use_cpu_initialization=False,
+        # Weights are always loaded, never drawn.  Zeros, and not the absence of initialisation: megatron marks a weight
+        # as tensor-parallel while it initialises it, and the grad norm depends on the mark.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        embedding_init_method=torch.nn.init.zeros_,
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,

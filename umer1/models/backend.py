@@ -1,0 +1,105 @@
+"""Which modules the transformers are built of: Transformer Engine's on CUDA when installed, megatron's local ones else.
+
+This is the one place that chooses.  FP8 and other recipes of Transformer Engine enter here as well: they are settings
+of TransformerConfig (`fp8`, `fp8_recipe`, ...) that only the layers of `get_gpt_layer_with_transformer_engine_spec`
+read.
+"""
+
+import functools
+from typing import Literal
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from umer1 import device as devices
+from umer1.errors import UserError
+from umer1.models.attention import PackedCoreAttention
+
+CoreAttentionName = Literal["auto", "sdpa", "te"]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """weight * (x / rms(x)).to(x.dtype), statistics in fp32: the order of rounding of transformers' Qwen2RMSNorm."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, scale, weight = ctx.saved_tensors
+        normed = x.float() * scale
+        grad_weight = grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            inner = (grad * weight).float()
+            mean = (inner * normed).mean(-1, keepdim=True)
+            grad_x = inner.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class RMSNorm(nn.Module):
+    """RMS norm whose weight's gradient is summed over sequence-parallel ranks by megatron."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=devices.device()))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose parameters' gradients are summed over sequence-parallel ranks by megatron."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused):
+        super().__init__(hidden_size, eps, dtype=config.params_dtype, device=devices.device())
+        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
+
+
+def uses_te_attention(core_attention: CoreAttentionName) -> bool:
+    """Whether the attention kernel is Transformer Engine's.  Raises UserError when it is asked for and missing."""
+    if core_attention == "te" and not devices.has_te():
+        raise UserError("core_attention=te needs a CUDA device and the package transformer_engine; use auto or sdpa")
+    return core_attention != "sdpa" and devices.has_te()
+
+
+def block_submodules(
+    config: TransformerConfig, num_layers: int, *, causal: bool, final_norm: bool, core_attention: CoreAttentionName
+) -> TransformerBlockSubmodules:
+    """`num_layers` equal layers for megatron's TransformerBlock, and the norm after them if `final_norm`."""
+    rms = config.normalization == "RMSNorm"
+    norm = RMSNorm if rms else LayerNorm
+    spec = _te_layer() if devices.has_te() else _local_layer(norm, config.normalization)
+    attention = spec.submodules.self_attention
+    attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
+    kernel = None
+    if uses_te_attention(core_attention):
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention as kernel
+    attention.submodules.core_attention = functools.partial(PackedCoreAttention, kernel=kernel)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm if final_norm else None)
+
+
+def _te_layer() -> ModuleSpec:
+    # Norms are fused into the linear layers behind them.
+    return get_gpt_layer_with_transformer_engine_spec()
+
+
+def _local_layer(norm: type[nn.Module], normalization: str) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(normalization=normalization)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    return spec
