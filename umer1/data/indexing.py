@@ -143,7 +143,7 @@ class _Probe:
 
 
 class _Window:
-    """A text file seen through a window: `text` from character `at` on is ahead, `byte` and `line` are those of `at`."""
+    """A text file seen through a window: `text[at:]` is ahead, `byte` and `line` are those of character `at`."""
 
     def __init__(self, path: Path, file: BinaryIO, start: int):
         self.path, self.file = path, file

@@ -118,7 +118,7 @@ def _places(pairs: list[EncodedPair]) -> tuple[list[int], list[int], list[int]]:
 
 
 def _supervised(sequences, starts, queries, positives) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows, labels, sides) int64 [R] of what the cross-entropy is taken on; hard negatives are not trained to speak."""
+    """(rows, labels, sides) int64 [R] for the cross-entropy; hard negatives are not trained to speak."""
     rows, labels, sides = [], [], []
     for side, places in enumerate((queries, positives)):
         for place in places:

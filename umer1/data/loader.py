@@ -1,0 +1,294 @@
+"""For each step this data-parallel rank's packed micro-batches, made here or in worker processes.
+
+Whatever the number of ranks and workers, a slot of the global batch holds the same pair: the sampler names it, and a
+bad pair's replacement depends on (seed, step, slot) alone.
+"""
+
+import itertools
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from umer1.data.bad_samples import BadRecord, BadSample, BadSampleCounts, BadSampleLog
+from umer1.data.dataset import PairDataset
+from umer1.data.media import MAX_SOURCE_PIXELS
+from umer1.data.packing import pack, pair_cost, plan_micro_batches
+from umer1.data.processor import MAX_FRAMES
+from umer1.data.sampler import BlockSampler
+from umer1.data.schema import EncodedPair, PackedBatch
+
+_ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What is trained on, and how it is cut into batches"""
+
+    data_path: str | None = None
+    """Training pairs, a JSON list or JSONL file (docs/data.md); default: the generated mini-MMEB."""
+    data_root: str | None = None
+    """Folder that media paths start at and cannot leave; default: the data file's folder."""
+    seq_length: int = 12288
+    """Most tokens of one side; longer reasoning is shortened, and what still does not fit is a bad sample."""
+    global_batch_size: int = 32
+    """Pairs of one step, over all ranks."""
+    micro_batch_size: int = 4
+    """Most pairs that go through the model together on one rank."""
+    max_tokens_per_micro_batch: int | None = None
+    """Most tokens of a micro-batch, both sides of its pairs together; default: only micro_batch_size counts."""
+    max_patches_per_micro_batch: int | None = None
+    """Most image patches of a micro-batch; default: only micro_batch_size counts."""
+    data_block_size: int = 64
+    """Consecutive pairs of a batch that come from one data set."""
+    num_workers: int = 0
+    """Processes of each rank that decode ahead; 0 decodes in the training process."""
+    prefetch_factor: int = 2
+    """Steps that each worker holds ready."""
+    max_bad_sample_fraction: float = 0.05
+    """Share of bad samples (counted, listed, replaced) over which the run stops; 0 allows none."""
+    min_pixels: int | None = None
+    """Fewest pixels of an image after resizing; default: the model directory's, else 768."""
+    max_pixels: int | None = None
+    """Most pixels of an image after resizing; default: the model directory's, else 2359296."""
+    video_min_pixels: int | None = None
+    """Fewest pixels of a video frame after resizing; default: the model directory's, else 3136."""
+    video_max_pixels: int | None = None
+    """Most pixels of a video frame after resizing; default: the model directory's, else 25088."""
+    max_frames: int = MAX_FRAMES
+    """Most frames of one video; a longer one is a bad sample."""
+    max_source_pixels: int = MAX_SOURCE_PIXELS
+    """Most pixels of an image file as it is stored, checked before it is decoded."""
+    blank_image_for_text: bool = False
+    """Give text-only sides a white 28 x 28 image, as the published UME-R1 code does."""
+
+    def violations(self, dp_size: int | None = None) -> list[str]:
+        """Every broken rule; with `dp_size` those of the layout too."""
+        found = []
+        at_least_one = ["seq_length", "global_batch_size", "micro_batch_size", "data_block_size", "prefetch_factor"]
+        at_least_one += ["max_tokens_per_micro_batch", "max_patches_per_micro_batch", "max_frames"]
+        at_least_one += ["max_source_pixels", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"]
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name}={value} must be 1 or above")
+        if self.num_workers < 0:
+            found.append(f"num_workers={self.num_workers} must be 0 or above")
+        if not 0 <= self.max_bad_sample_fraction <= 1:
+            found.append(f"max_bad_sample_fraction={self.max_bad_sample_fraction} must be between 0 and 1")
+        for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):
+            lower, upper = getattr(self, low), getattr(self, high)
+            if lower is not None and upper is not None and lower > upper:
+                found.append(f"{low}={lower} is above {high}={upper}")
+        if self.data_path is not None and not Path(self.data_path).exists():
+            found.append(f"data_path={self.data_path} does not exist; give a JSON list or JSONL file of pairs")
+        if self.data_root is not None and not Path(self.data_root).is_dir():
+            found.append(f"data_root={self.data_root} is not a directory; give the folder that media paths start at")
+        if self.data_root is not None and self.data_path is None:
+            found.append("data_root is given without data_path; give both")
+        if dp_size is not None and dp_size >= 1 and self.global_batch_size % dp_size:
+            below = self.global_batch_size // dp_size * dp_size
+            legal = f"{below} or {below + dp_size}" if below else f"{dp_size} or another multiple"
+            found.append(
+                f"global_batch_size={self.global_batch_size} is not a multiple of the {dp_size} data-parallel ranks; "
+                f"use {legal}"
+            )
+        return found
+
+
+@dataclass(slots=True)
+class StepData:
+    """One rank's share of one step."""
+
+    step: int
+    batches: list[PackedBatch]
+    indices: np.ndarray  # int64 [pairs of this rank]: what was used, replacements included; equal on TP and PP peers
+    seen: int  # samples tried
+    bad: list[BadRecord] = field(default_factory=list)
+    failure: str | None = None  # why the share could not be filled; `batches` is then empty
+
+
+class StepMaker:
+    """`maker[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead."""
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        sampler: BlockSampler,
+        config: DataConfig,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        pad_to_multiple: int = 1,
+        micro_batches_multiple_of: int = 1,
+    ):
+        self.dataset, self.sampler, self.config = dataset, sampler, config
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.pad_to_multiple = pad_to_multiple
+        self.micro_batches_multiple_of = micro_batches_multiple_of
+
+    def __getitem__(self, step: int) -> StepData:
+        slots, indices = self.sampler.share(step, self.dp_rank, self.dp_size)
+        data = StepData(step, [], np.zeros(len(slots), dtype=np.int64), 0)
+        pairs = []
+        for place, (slot, index) in enumerate(zip(slots.tolist(), indices.tolist(), strict=True)):
+            pair = self._usable(data, slot, index)
+            if pair is None:
+                return data
+            data.indices[place] = pair.index
+            pairs.append(pair)
+        data.batches = self._packed(pairs)
+        return data
+
+    def _usable(self, data: StepData, slot: int, index: int) -> EncodedPair | None:
+        """The pair of a slot, or the first replacement that can be used; None, with the reason, when there is none."""
+        tried = index
+        for attempt in range(1, _ATTEMPTS + 2):
+            data.seen += 1
+            try:
+                return self.dataset[tried]
+            except BadSample as error:
+                name = self.dataset.dataset_name(tried)
+                data.bad.append(BadRecord(tried, name, error.cause, error.detail))
+            tried = self.sampler.replacement(data.step, slot, attempt, index)
+        last = data.bad[-1]
+        data.failure = (
+            f"data set {last.dataset or '(unnamed)'!r} gave no usable pair in {_ATTEMPTS} attempts; the last one, "
+            f"record {last.index}: {last.cause}: {last.detail}"
+        )
+        return None
+
+    def _packed(self, pairs: list[EncodedPair]) -> list[PackedBatch]:
+        costs = [pair_cost(pair) for pair in pairs]
+        plan = plan_micro_batches(
+            [tokens for tokens, _ in costs],
+            [patches for _, patches in costs],
+            self.config.micro_batch_size,
+            self.config.max_tokens_per_micro_batch,
+            self.config.max_patches_per_micro_batch,
+            multiple_of=self.micro_batches_multiple_of,
+        )
+        return [pack([pairs[place] for place in places], self.pad_to_multiple) for places in plan]
+
+
+class Loader:
+    """Steps in order from `sampler.step` on; counts and lists bad samples as their step is handed out.
+
+    bad_samples_path: where they are listed; give it to one rank of each tensor- and pipeline-parallel group alone.
+    `next()` does not raise for bad data: `counts` tells all ranks together (BadSampleCounts.check).
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        sampler: BlockSampler,
+        config: DataConfig,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        pad_to_multiple: int = 1,
+        micro_batches_multiple_of: int = 1,
+        bad_samples_path: str | Path | None = None,
+    ):
+        self.sampler, self.config = sampler, config
+        self.maker = StepMaker(
+            dataset,
+            sampler,
+            config,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            pad_to_multiple=pad_to_multiple,
+            micro_batches_multiple_of=micro_batches_multiple_of,
+        )
+        self.counts = BadSampleCounts(dataset.names)
+        self._log = None if bad_samples_path is None else BadSampleLog(bad_samples_path)
+        self._steps = None
+
+    def next(self) -> StepData:
+        """This rank's share of the next step."""
+        if self._steps is None:
+            self._steps = self._start()
+        data = _unshipped(next(self._steps))
+        assert data.step == self.sampler.step
+        self.sampler.step += 1
+        self.counts.note(data.seen, data.bad, data.failure)
+        if self._log is not None and data.bad:
+            self._log.append(data.bad)
+        return data
+
+    def _start(self):
+        steps = itertools.count(self.sampler.step)
+        if self.config.num_workers == 0:
+            return map(self.maker.__getitem__, steps)
+        return iter(
+            DataLoader(
+                _Shipping(self.maker),
+                batch_size=None,
+                sampler=_Counting(self.sampler.step),
+                num_workers=self.config.num_workers,
+                prefetch_factor=self.config.prefetch_factor,
+                collate_fn=_as_it_is,
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the order's place and the counts.  Steps that workers made ahead are made again after a resume."""
+        return {"sampler": self.sampler.state_dict(), "bad_samples": self.counts.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, at any number of ranks and workers."""
+        self.close()
+        self.sampler.load_state_dict(state["sampler"])
+        self.counts.load_state_dict(state["bad_samples"])
+
+    def close(self) -> None:
+        """End the workers."""
+        self._steps = None
+
+
+# -- between processes -----------------------------------------------------------------------------------------------
+
+
+class _Counting:
+    """Steps from `start` on, without end."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self):
+        return itertools.count(self.start)
+
+
+class _Shipping:
+    """A StepMaker whose batches travel cheaply: pixels in shared memory, the many small tensors as arrays.
+
+    Each shared tensor holds a file descriptor, of which a process may have few.
+    """
+
+    def __init__(self, maker: StepMaker):
+        self.maker = maker
+
+    def __getitem__(self, step: int) -> StepData:
+        data = self.maker[step]
+        for batch in data.batches:
+            for item in fields(batch):
+                value = getattr(batch, item.name)
+                if isinstance(value, torch.Tensor) and item.name != "pixel_values":
+                    setattr(batch, item.name, value.numpy())
+        return data
+
+
+def _unshipped(data: StepData) -> StepData:
+    for batch in data.batches:
+        for item in fields(batch):
+            value = getattr(batch, item.name)
+            if isinstance(value, np.ndarray):
+                setattr(batch, item.name, torch.from_numpy(value))
+    return data
+
+
+def _as_it_is(data: StepData) -> StepData:
+    return data
