@@ -22,6 +22,11 @@ def reference(config: ImageConfig, low: int, high: int) -> Qwen2VLImageProcessor
     )
 
 
+def rows(patchifier: Patchifier, pictures: list, *, video: bool = False):
+    patches = patchifier.video(pictures) if video else patchifier.image(pictures[0])
+    return patchifier.normalised(patches), patches.grid
+
+
 SIZES = [(56, 56), (48, 48), (1, 1), (7, 1400), (200, 1), (640, 480), (31, 333), (500, 499), (29, 2900)]
 
 
@@ -31,7 +36,7 @@ def test_image_patches_equal_transformers(size, patch_size):
     config = ImageConfig(patch_size=patch_size, min_pixels=3136, max_pixels=28 * 28 * 64)
     picture = noise(*size)
     want = reference(config, 3136, 28 * 28 * 64)(images=picture, return_tensors="np")
-    pixels, grid = Patchifier(config).image(picture)
+    pixels, grid = rows(Patchifier(config), [picture])
     assert list(grid) == want["image_grid_thw"][0].tolist()
     assert pixels.is_contiguous() and pixels.shape == want["pixel_values"].shape
     np.testing.assert_array_equal(pixels.numpy(), want["pixel_values"])
@@ -41,15 +46,15 @@ def test_image_patches_equal_transformers(size, patch_size):
 def test_video_slots_hold_each_frame_as_an_image_would(frames):
     config = ImageConfig(video_min_pixels=3136, video_max_pixels=28 * 28 * 16)
     pictures = [noise(150, 70, seed) for seed in range(frames)]
-    pixels, grid = Patchifier(config).video(pictures)
+    pixels, grid = rows(Patchifier(config), pictures, video=True)
     steps = (frames + 1) // 2
     single = reference(config, 3136, 28 * 28 * 16)
     images = [single(images=picture, return_tensors="np") for picture in pictures]
-    rows, columns = images[0]["image_grid_thw"][0, 1:]
-    assert grid == (steps, rows, columns)
-    got = pixels.numpy().reshape(steps, rows * columns, 3, 2, 14 * 14)
+    high, wide = images[0]["image_grid_thw"][0, 1:]
+    assert grid == (steps, high, wide)
+    got = pixels.numpy().reshape(steps, high * wide, 3, 2, 14 * 14)
     for slot in range(2 * steps):
-        source = images[min(slot, frames - 1)]["pixel_values"].reshape(rows * columns, 3, 2, 14 * 14)
+        source = images[min(slot, frames - 1)]["pixel_values"].reshape(high * wide, 3, 2, 14 * 14)
         np.testing.assert_array_equal(got[slot // 2, :, :, slot % 2], source[:, :, 0])
 
 

@@ -186,13 +186,12 @@ class Patchifier:
             height, width, factor=config.factor, min_pixels=config.video_min_pixels, max_pixels=config.video_max_pixels
         )
 
-    def image(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """RGB image -> (float32 [P, patch_dim], grid (1, rows, columns) in patches)."""
-        frame = _resized(image, self.image_size(*image.size))
-        return self._patchify([frame] * self.config.temporal_patch_size)
+    def image(self, image: Image.Image) -> "Patches":
+        """RGB image -> its patches; the grid is (1, rows, columns)."""
+        return self._arranged(_resized(image, self.image_size(*image.size))[None, None])
 
-    def video(self, frames: list[Image.Image]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        """RGB frames of one size -> (float32 [P, patch_dim], grid (steps, rows, columns) in patches).
+    def video(self, frames: list[Image.Image]) -> "Patches":
+        """RGB frames of one size -> their patches; the grid is (steps, rows, columns).
 
         An incomplete last step repeats the last frame.  Raises BadSample("frame_sizes") when sizes differ.
         """
@@ -205,26 +204,35 @@ class Patchifier:
         size = self.frame_size(*first)
         arrays = [_resized(frame, size) for frame in frames]
         arrays += [arrays[-1]] * (-len(arrays) % self.config.temporal_patch_size)
-        return self._patchify(arrays)
+        return self._arranged(np.stack(arrays).reshape(-1, self.config.temporal_patch_size, *size, 3))
 
-    def _patchify(self, frames: list[np.ndarray]) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        patch, merge, temporal = self.config.patch_size, self.config.merge_size, self.config.temporal_patch_size
-        rows, columns = frames[0].shape[0] // patch, frames[0].shape[1] // patch
-        steps = len(frames) // temporal
-        still = all(frame is frames[0] for frame in frames)
-        kept = 1 if still else temporal
-        pixels = np.stack(frames[:1] if still else frames).reshape(
-            steps, kept, rows // merge, merge, patch, columns // merge, merge, patch, 3
-        )
-        # -> step, merged row, merged column, row and column inside, channel, frame inside, y, x
+    def _arranged(self, frames: np.ndarray) -> "Patches":
+        """uint8 [steps, frames of a step (1 for a still), height, width, 3] in the order of the model's rows."""
+        patch, merge = self.config.patch_size, self.config.merge_size
+        steps, kept, height, width, _ = frames.shape
+        rows, columns = height // patch, width // patch
+        pixels = frames.reshape(steps, kept, rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        # -> step, merged row, merged column, row and column inside, channel, frame of the step, y, x
         pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        index = pixels + (np.arange(3, dtype=np.uint16) * 256).reshape(3, 1, 1, 1)
-        values = self._table.take(index)  # float32
-        if kept != temporal:
-            shape = values.shape[:6] + (temporal,) + values.shape[7:]
-            values = np.broadcast_to(values, shape)
-        values = values.reshape(steps * rows * columns, self.config.patch_dim)
-        return torch.from_numpy(np.ascontiguousarray(values)), (steps, rows, columns)
+        return Patches(pixels.reshape(steps * rows * columns, 3, kept, patch**2), (steps, rows, columns))
+
+    def normalised(self, patches: "Patches") -> torch.Tensor:
+        """float32 [P, patch_dim]: rescaled, normalised, a still repeated for each frame of the step."""
+        values = self._table.take(patches.pixels + _CHANNEL_OFFSETS)
+        if values.shape[2] != self.config.temporal_patch_size:
+            values = values.repeat(self.config.temporal_patch_size, axis=2)
+        return torch.from_numpy(values.reshape(len(values), self.config.patch_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """An image or video cut into patches, before normalisation: at most a fourth of the memory."""
+
+    pixels: np.ndarray  # uint8 [P, 3, frames of a step (1 for a still), patch * patch]
+    grid: tuple[int, int, int]  # steps, rows, columns in patches
+
+
+_CHANNEL_OFFSETS = (np.arange(3, dtype=np.uint16) * 256).reshape(3, 1, 1)  # of the look-up table
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:

@@ -75,6 +75,15 @@ class MediaRoot:
             raise BadSample("path_escape", f"{relative!r} leads out of the data root through a link")
         return real
 
+    def signature(self, relative: str) -> tuple[str, int, int, int] | None:
+        """What stays the same as long as the file does; None when it cannot be looked at (opening says why)."""
+        try:
+            path = self.resolve(relative)
+            status = os.stat(path)
+        except (BadSample, OSError, ValueError):
+            return None
+        return path, status.st_ino, status.st_mtime_ns, status.st_size
+
     def open_image(self, relative: str) -> Image.Image:
         """Decode one image to RGB: upright by its EXIF orientation, transparency on white.
 

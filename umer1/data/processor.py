@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from umer1.data import prompts
 from umer1.data.bad_samples import BadSample
-from umer1.data.images import ImageConfig, Patchifier
+from umer1.data.images import ImageConfig, Patches, Patchifier
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Sequence, Side
 from umer1.errors import UserError
@@ -24,7 +24,10 @@ from umer1.models.qwen2_vl.positions import mrope_positions
 IGNORE = -100  # label of a position that is not supervised
 MAX_FRAMES = 768  # of one video; transformers' own limit for Qwen2-VL
 _BLANK_SIZE = (28, 28)  # the white image that upstream adds to text-only inputs
+# Bounds of what is kept because small data sets repeat it; large data pass through without being kept.
 _CACHED_TEXTS, _CACHED_CHARACTERS = 16384, 1024
+_KEPT_BYTES, _KEPT_PICTURE_BYTES, _KEPT_FRAMES = 64 * 2**20, 64 * 2**10, 16
+_KEPT_LAYOUTS, _KEPT_LAYOUT_TOKENS = 4096, 1024
 # Added tokens that only mark up text: grounding data spells them, and they cannot forge a turn or an image.
 _MARK_UP = {f"<|{name}_{edge}|>" for name in ("object_ref", "box", "quad") for edge in ("start", "end")}
 
@@ -66,6 +69,9 @@ class Processor:
         self.patchifier = Patchifier(image_config)
         self._merge_area = image_config.merge_size**2
         self._known: dict[str, list[int]] = {}
+        self._pictures: dict[tuple, Patches] = {}
+        self._kept_bytes = 0
+        self._layouts: dict[tuple, np.ndarray] = {}
         self._reserved = self._reserved_ids()
         self._opening = self._encode(prompts.USER_OPENING.removesuffix("user\n"))
         self._assistant = self._encode(prompts.ASSISTANT_OPENING)
@@ -157,7 +163,7 @@ class Processor:
         return replace(
             prompt,
             input_ids=tokens,
-            labels=_labels(tokens, prompt.prompt_length, len(ids)),
+            labels=torch.from_numpy(_labels(tokens.numpy(), prompt.prompt_length)),
             position_ids=torch.cat([prompt.position_ids, added], dim=1),
             gen_index=_last_index(ids, self.special.gen_emb, prompt.prompt_length),
         )
@@ -275,27 +281,39 @@ class Processor:
             kind, source = part
             if media is None and kind != "blank":
                 raise UserError("the input names media, but no data root was given; pass --data-root DIR")
-            if kind == "image":
-                pixels, grid = self.patchifier.image(media.open_image(source))
-            elif kind == "video":
-                pixels, grid = self._video(source, media)
+            if kind == "blank":
+                patches = self.patchifier.image(Image.new("RGB", _BLANK_SIZE, (255, 255, 255)))
             else:
-                pixels, grid = self.patchifier.image(Image.new("RGB", _BLANK_SIZE, (255, 255, 255)))
+                patches = self._patches(kind, source, media)
             pad = self.special.video_pad if kind == "video" else self.special.image_pad
-            count = grid[0] * grid[1] * grid[2] // self._merge_area
+            count = len(patches.pixels) // self._merge_area
             num_tokens += count + 2
             if self.max_length is not None and num_tokens > self.max_length:
                 raise self._too_long(num_tokens)
             ids = [self.special.vision_start, *[pad] * count, self.special.vision_end]
-            visions.append(_Vision(pixels, grid, ids))
+            visions.append(_Vision(self.patchifier.normalised(patches), patches.grid, ids))
         return visions
 
-    def _video(self, paths: tuple[str, ...], media: MediaRoot) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    def _patches(self, kind: str, source: Any, media: MediaRoot) -> Patches:
+        """Decode, resize and cut; small pictures are kept, so that a small data set is decoded once."""
+        paths = (source,) if kind == "image" else source
         if not paths:
             raise BadSample("bad_record", "a video has no frames")
         if len(paths) > self.max_frames:
             raise BadSample("too_many_frames", f"a video has {len(paths)} frames, more than {self.max_frames}")
-        return self.patchifier.video([media.open_image(path) for path in paths])
+        key = (kind, *map(media.signature, paths)) if len(paths) <= _KEPT_FRAMES else None
+        kept = self._pictures.get(key)
+        if kept is not None:
+            return kept
+        images = [media.open_image(path) for path in paths]
+        patches = self.patchifier.image(images[0]) if kind == "image" else self.patchifier.video(images)
+        if key is not None and None not in key and patches.pixels.nbytes <= _KEPT_PICTURE_BYTES:
+            self._kept_bytes += patches.pixels.nbytes
+            if self._kept_bytes > _KEPT_BYTES:
+                self._pictures.clear()
+                self._kept_bytes = patches.pixels.nbytes
+            self._pictures[key] = patches
+        return patches
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
@@ -303,17 +321,20 @@ class Processor:
         self, prompt: list[int], response: list[int] | None, visions: list[_Vision], disc_index: int, target: int
     ) -> Sequence:
         closed = [] if response is None else [*response, self.special.im_end]
-        input_ids = torch.from_numpy(np.array(prompt + closed, dtype=np.int64))
+        input_ids = np.array(prompt + closed, dtype=np.int64)
         grid_thw = torch.tensor([vision.grid for vision in visions], dtype=torch.int64).reshape(-1, 3)
         if not visions:
             pixels = torch.empty(0, self.image_config.patch_dim)
         else:
             pixels = visions[0].pixels if len(visions) == 1 else torch.cat([vision.pixels for vision in visions])
-        position_ids, _ = mrope_positions(input_ids, grid_thw, self.model_config)
+        positions = self._prompt_positions(input_ids[: len(prompt)], grid_thw, visions)
+        if closed:
+            following = np.arange(positions[0, -1] + 1, positions[0, -1] + 1 + len(closed))
+            positions = np.concatenate([positions, np.broadcast_to(following, (3, len(closed)))], axis=1)
         return Sequence(
-            input_ids=input_ids,
-            labels=_labels(input_ids, len(prompt), len(closed)),
-            position_ids=position_ids,
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(_labels(input_ids, len(prompt))),
+            position_ids=torch.from_numpy(positions),
             pixel_values=pixels,
             grid_thw=grid_thw,
             disc_index=disc_index,
@@ -321,6 +342,20 @@ class Processor:
             prompt_length=len(prompt),
             target_id=target,
         )
+
+    def _prompt_positions(self, prompt: np.ndarray, grid_thw: torch.Tensor, visions: list[_Vision]) -> np.ndarray:
+        """int64 [3, len(prompt)].  Positions depend on where the vision blocks stand and on their grids alone."""
+        starts = np.flatnonzero(prompt == self.special.vision_start).tolist()
+        key = (len(prompt), *starts, *(vision.grid for vision in visions))
+        known = self._layouts.get(key)
+        if known is None:
+            known = mrope_positions(torch.from_numpy(prompt), grid_thw, self.model_config)[0].numpy()
+            if len(self._layouts) >= _KEPT_LAYOUTS:
+                self._layouts.clear()
+            if len(prompt) <= _KEPT_LAYOUT_TOKENS:
+                known.setflags(write=False)
+                self._layouts[key] = known
+        return known.copy()
 
 
 def _interleave(head: list[Any], visions: list[_Vision]) -> list[int]:
@@ -332,10 +367,10 @@ def _interleave(head: list[Any], visions: list[_Vision]) -> list[int]:
     return ids
 
 
-def _labels(input_ids: torch.Tensor, prompt_length: int, response_length: int) -> torch.Tensor:
+def _labels(input_ids: np.ndarray, prompt_length: int) -> np.ndarray:
     """int64 [L]: at each position the next token, where that belongs to the response."""
-    labels = torch.full_like(input_ids, IGNORE)
-    if response_length:
+    labels = np.full_like(input_ids, IGNORE)
+    if prompt_length < len(input_ids):
         labels[prompt_length - 1 : -1] = input_ids[prompt_length:]
     return labels
 
