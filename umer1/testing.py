@@ -45,8 +45,9 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
     Raises RuntimeError with every failed rank's traceback, or after `timeout` seconds; no process is left behind.
     """
     context = torch.multiprocessing.get_context("spawn")
-    saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    settings = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    saved = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []

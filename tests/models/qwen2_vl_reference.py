@@ -44,6 +44,8 @@ def reference_model(name: str, seed: int = 0) -> Qwen2VLForConditionalGeneration
         vision_start_token_id=START,
         vision_end_token_id=END,
         tie_word_embeddings=spec["tie"],
+        bos_token_id=1,
+        eos_token_id=2,
         attn_implementation="sdpa",
     )
     model = Qwen2VLForConditionalGeneration(config).float().eval()

@@ -9,6 +9,7 @@ lengths in each layer otherwise, and both are of no use to M-RoPE.
 The kernel is torch's scaled_dot_product_attention, or Transformer Engine's on CUDA; generation always uses the former.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -193,6 +194,19 @@ class KVCache:
     @property
     def num_sequences(self) -> int:
         return self.lengths.numel()
+
+    def part(self, start: int, stop: int) -> "KVCache":
+        """An empty cache for sequences [start, stop) on this one's memory, to prefill a few prompts at a time."""
+        part = copy.copy(self)
+        part.keys = [layer[start:stop] for layer in self.keys]
+        part.values = [layer[start:stop] for layer in self.values]
+        part.lengths, part.longest = torch.zeros_like(self.lengths[start:stop]), 0
+        return part
+
+    def extend(self, part: "KVCache", start: int) -> None:
+        """Count what the prefill of `part(start, ...)` wrote."""
+        self.lengths[start : start + part.num_sequences] = part.lengths
+        self.longest = max(self.longest, part.longest)
 
     def replicate(self, count: int) -> None:
         """`count` copies of each sequence, side by side: 0 0 0 1 1 1 ..."""

@@ -8,6 +8,7 @@ import copy
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -39,6 +40,7 @@ class Qwen2VL(LanguageModule):
     ):
         config = decoder_config(model_config, parallel, params_dtype)
         super().__init__(config, pg_collection=state.groups)
+        self.model_type = ModelType.encoder_or_decoder  # asked for by the schedules
         self.model_config = model_config
         self.vp_stage = vp_stage
         last_virtual = (config.virtual_pipeline_model_parallel_size or 1) - 1
