@@ -1,0 +1,153 @@
+"""`umer1 encode`: inputs to embeddings.
+
+    umer1 encode --model DIR --input FILE.jsonl --data-root DIR --mode disc|gen --output FILE.npz
+    torchrun --nproc-per-node 8 -m umer1.cli encode ... --tensor-model-parallel-size 2
+
+Input lines are `{"id", "text", "image": path | [paths], "video": [frame paths]}`.  FILE.npz gets `ids` (text) and
+`embeddings` (float32 [N, hidden], L2-normalised) in input order; in gen mode FILE.jsonl gets the responses.  Nothing is
+written unless everything went well; inputs that cannot be embedded stop the command before any work, or are left out
+and listed in FILE.bad.jsonl (--skip-bad-inputs).
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from umer1.configuration import help_text, load_config
+from umer1.data.media import MediaRoot
+from umer1.distributed.parallel import init_distributed
+from umer1.errors import UserError
+from umer1.files import atomic_path, write_text
+from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
+from umer1.inference.generate import GenerationConfig
+from umer1.inference.inputs import bad_inputs_message, read_inputs
+from umer1.inference.planning import plan_batches
+from umer1.inference.runner import BadInput, Encoded, Runner, inspect_together
+
+
+@dataclass(kw_only=True, slots=True)
+class EncodeConfig:
+    """What is encoded, and where to"""
+
+    input: str | None = None
+    """JSONL file of inputs."""
+    data_root: str | None = None
+    """Directory that media paths start at and cannot leave."""
+    output: str | None = None
+    """FILE.npz to write."""
+    mode: Literal["disc", "gen"] = "disc"
+    """disc = the prompt alone, read at <disc_emb>; gen = reason first, read at the response's <gen_emb>."""
+    skip_bad_inputs: bool = False
+    """Leave out inputs that cannot be embedded and list them in FILE.bad.jsonl, in place of stopping."""
+    num_workers: int = 2
+    """Threads that decode images ahead of the model."""
+
+    def violations(self) -> list[str]:
+        found = [f"--{name} is required" for name in ("input", "output") if not getattr(self, name)]
+        if self.output and not self.output.endswith(".npz"):
+            found.append(f"output={self.output!r} must end in .npz")
+        if self.num_workers < 1:
+            found.append(f"num_workers={self.num_workers} must be 1 or above")
+        if self.input and self.output:
+            for path in (responses_path(self.output), bad_path(self.output)):
+                if path.resolve() == Path(self.input).resolve():
+                    found.append(f"output={self.output!r} would write {path} over the input; choose another name")
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class EncodeCommand:
+    """umer1 encode"""
+
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def violations(self) -> list[str]:
+        return self.encode.violations() + self.engine.violations() + self.generation.violations()
+
+
+def responses_path(output: str | Path) -> Path:
+    """FILE.jsonl beside FILE.npz."""
+    return Path(output).with_suffix(".jsonl")
+
+
+def bad_path(output: str | Path) -> Path:
+    """FILE.bad.jsonl beside FILE.npz."""
+    return Path(output).with_suffix(".bad.jsonl")
+
+
+def main(argv: list[str]) -> None:
+    """The command; every rank runs it."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(EncodeCommand, __doc__))
+        return
+    command = load_config(EncodeCommand, argv)
+    config = command.encode
+    inputs, bad = read_inputs(config.input)
+    total = len(inputs) + len(bad)
+    media = None if config.data_root is None else MediaRoot(config.data_root)
+    directory = open_directory(command.engine)
+    processor = make_processor(command.engine, directory)
+    with init_distributed(command.engine.parallel()) as state:
+        costs, missing = inspect_together(inputs, config.mode, media, processor, state)
+        bad += missing
+        if bad and not config.skip_bad_inputs:
+            raise UserError(bad_inputs_message(config.input, bad, total))
+        batches = plan_batches(
+            costs,
+            max_tokens=command.engine.max_tokens_per_batch,
+            max_patches=command.engine.max_patches_per_batch,
+            max_inputs=command.generation.max_sequences,
+            num_groups=state.dp_size,
+        )
+        engine = load_engine(command.engine, directory, processor, state)
+        generation = command.generation if config.mode == "gen" else None
+        runner = Runner(
+            engine,
+            inputs,
+            media,
+            generation=generation,
+            skip_bad=config.skip_bad_inputs,
+            num_workers=config.num_workers,
+        )
+        encoded, corrupt = runner.run(batches)
+        bad += corrupt
+        if bad and not config.skip_bad_inputs:
+            raise UserError(bad_inputs_message(config.input, bad, total))
+        if state.rank == 0:
+            write_results(config, encoded, bad, total)
+        state.barrier()
+
+
+def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInput], total: int) -> None:
+    """The output files, each whole or not at all, and a summary on stderr."""
+    if not encoded:
+        raise UserError(f"{config.input}: none of the {total} inputs could be embedded; see {bad_path(config.output)}")
+    encoded = sorted(encoded, key=lambda item: item.position)
+    if bad:
+        _write_lines(bad_path(config.output), (asdict(entry) for entry in sorted(bad, key=lambda entry: entry.line)))
+    if config.mode == "gen":
+        _write_lines(responses_path(config.output), (item.response for item in encoded))
+    with atomic_path(config.output) as aside, open(aside, "wb") as file:
+        np.savez(
+            file,
+            ids=np.array([item.id for item in encoded]),
+            embeddings=np.stack([item.embedding for item in encoded]).astype(np.float32),
+        )
+    summary = [f"{len(encoded)} embeddings of {encoded[0].embedding.shape[-1]} numbers in {config.output}"]
+    if config.mode == "gen":
+        missing = sum(item.response["missing_gen_emb"] for item in encoded)
+        summary.append(f"responses in {responses_path(config.output)}, {missing} of them without <gen_emb>")
+    if bad:
+        summary.append(f"{len(bad)} of {total} inputs left out, listed in {bad_path(config.output)}")
+    print("umer1 encode: " + "; ".join(summary), file=sys.stderr, flush=True)
+
+
+def _write_lines(path: Path, records: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

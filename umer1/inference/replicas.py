@@ -1,0 +1,47 @@
+"""What the copies of the model (data parallelism) and the ranks of one copy tell each other as Python objects."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from umer1.distributed.parallel import ParallelState
+
+
+def any_rank(flag: bool, state: ParallelState) -> bool:
+    """Whether any rank of the world raised its flag; collective."""
+    value = torch.tensor([float(flag)], device=state.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def share_with_all(value: Any, state: ParallelState) -> list[Any]:
+    """Every rank's small `value`, by rank, on every rank; collective."""
+    parts: list[Any] = [None] * state.world_size
+    dist.all_gather_object(parts, value)
+    return parts
+
+
+def share_in_replica(value: Any, state: ParallelState) -> list[Any]:
+    """The small `value` of every rank that holds a part of this copy of the model, on each of them; collective."""
+    size = state.tp_size * state.pp_size
+    if size == 1:
+        return [value]
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, value, group=state.groups.mp)
+    return parts
+
+
+def gather_to_first(value: Any, state: ParallelState) -> list[Any]:
+    """Each copy's `value`, by data-parallel rank, on rank 0 and [] elsewhere; collective, also for large values.
+
+    It goes over CPU memory (gloo): embeddings of a large corpus would not fit beside the model on a GPU.
+    """
+    if state.world_size == 1:
+        return [value]
+    leads = state.tp_rank == 0 and state.pp_rank == 0
+    parts: list[Any] | None = [None] * state.world_size if state.rank == 0 else None
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    dist.gather_object((state.dp_rank, value) if leads else None, parts, dst=0, group=group)
+    by_replica = dict(part for part in parts or [] if part is not None)
+    return [by_replica[number] for number in sorted(by_replica)]
