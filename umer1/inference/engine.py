@@ -4,7 +4,6 @@ All ranks of one copy of the model make the same calls with the same arguments. 
 them, except hidden states, which only the last pipeline stage has (None elsewhere).
 """
 
-import copy
 import json
 from dataclasses import dataclass
 
@@ -246,10 +245,9 @@ class Engine:
         disc = torch.zeros(len(prompts), self.model_config.hidden_size, device=self.state.device)
         last = []
         for batch in self._micro_batches(prompts):
-            part = _part(cache, batch[0], batch[-1] + 1)
+            part = cache.part(batch[0], batch[-1] + 1)
             hidden, starts = self._forward([prompts[i] for i in batch], part)
-            cache.lengths[batch[0] : batch[-1] + 1] = part.lengths
-            cache.longest = max(cache.longest, part.longest)
+            cache.extend(part, batch[0])
             if hidden is not None:
                 places = torch.tensor(starts, device=hidden.device)
                 rows = torch.tensor([prompts[i].disc_index for i in batch], device=hidden.device)
@@ -290,15 +288,6 @@ class Engine:
         parts = [torch.empty_like(logits) for _ in range(self.state.tp_size)]
         dist.all_gather(parts, logits.contiguous(), group=self.state.groups.tp)
         return torch.cat(parts, dim=-1)
-
-
-def _part(cache: KVCache, start: int, stop: int) -> KVCache:
-    """Sequences start..stop of an empty cache as a cache of their own that writes into the same memory."""
-    part = copy.copy(cache)
-    part.keys = [keys[start:stop] for keys in cache.keys]
-    part.values = [values[start:stop] for values in cache.values]
-    part.lengths, part.longest = cache.lengths[start:stop], 0
-    return part
 
 
 def _stop_ids(directory: HFDirectory) -> set[int]:

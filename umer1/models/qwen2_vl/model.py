@@ -135,7 +135,9 @@ class Qwen2VL(LanguageModule):
         if self.pre_process:
             if vision_features is None and pixel_values is not None and pixel_values.shape[0]:
                 vision_features = self.vision_forward(pixel_values, grid_thw)
-            hidden = self._embed(pad(input_ids, (0, filling)), vision_features)
+            # A response may hold vision tokens that the model sampled: they are no spans and take no features.
+            decoding = cache is not None and cache.longest > 0
+            hidden = self._embed(pad(input_ids, (0, filling)), vision_features, spans=not decoding)
         hidden = self.decoder(hidden, None, packed_seq_params=packed)
         if cache is not None:
             cache.advance(cu_seqlens, max_seqlen)
@@ -194,13 +196,13 @@ class Qwen2VL(LanguageModule):
         plan = None if self.te_attention else SDPAPlan(cu_seqlens, causal=True)
         return packed_sequences(cu_seqlens, max_seqlen, angles, plan=plan)
 
-    def _embed(self, input_ids: torch.Tensor, vision_features: torch.Tensor | None) -> torch.Tensor:
-        """[T] -> [T (/ tp if sequence-parallel), 1, H], vision rows in place."""
+    def _embed(self, input_ids: torch.Tensor, vision_features: torch.Tensor | None, *, spans: bool) -> torch.Tensor:
+        """[T] -> [T (/ tp if sequence-parallel), 1, H], vision rows in place where there are `spans`."""
         hidden = self.embedding(input_ids.unsqueeze(0), None)
         ids = self.model_config
         rows = ((input_ids == ids.image_token_id) | (input_ids == ids.video_token_id)).nonzero().flatten()
         count = 0 if vision_features is None else vision_features.shape[0] // ids.vision.spatial_merge_size**2
-        if rows.numel() != count:
+        if spans and rows.numel() != count:
             raise ValueError(f"{rows.numel()} vision tokens, but the pixels make {count}")
         if count:
             merged = self.vision.merger(vision_features)
