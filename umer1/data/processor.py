@@ -322,7 +322,7 @@ class Processor:
     ) -> Sequence:
         closed = [] if response is None else [*response, self.special.im_end]
         input_ids = np.array(prompt + closed, dtype=np.int64)
-        grid_thw = torch.tensor([vision.grid for vision in visions], dtype=torch.int64).reshape(-1, 3)
+        grid_thw = torch.from_numpy(np.array([vision.grid for vision in visions], dtype=np.int64).reshape(-1, 3))
         if not visions:
             pixels = torch.empty(0, self.image_config.patch_dim)
         else:
