@@ -23,7 +23,7 @@ def reference(config: ImageConfig, low: int, high: int) -> Qwen2VLImageProcessor
 
 
 def rows(patchifier: Patchifier, pictures: list, *, video: bool = False):
-    patches = patchifier.video(pictures) if video else patchifier.image(pictures[0])
+    patches = patchifier.video(iter(pictures), len(pictures)) if video else patchifier.image(pictures[0])
     return patchifier.normalised(patches), patches.grid
 
 
@@ -79,7 +79,7 @@ def test_smart_resize_equals_transformers():
 
 def test_frames_of_different_sizes_are_a_bad_sample():
     with pytest.raises(BadSample, match="frame_sizes"):
-        Patchifier(ImageConfig()).video([noise(56, 56), noise(56, 57)])
+        Patchifier(ImageConfig()).video([noise(56, 56), noise(56, 57)], 2)
 
 
 def test_bounds_explicit_then_directory_then_recipe():
@@ -92,6 +92,35 @@ def test_bounds_explicit_then_directory_then_recipe():
     assert (config.video_min_pixels, config.video_max_pixels) == (784, 7840)
     config = ImageConfig.from_settings(vision, new, max_pixels=5000)
     assert (config.min_pixels, config.max_pixels, config.mean) == (3136, 5000, CLIP_MEAN)
+
+
+def test_long_videos_share_a_budget_when_the_directory_says_so():
+    video = {"cap_pixels_per_frame": True, "max_video_tokens": 100, "min_pixels": 784, "max_pixels": 78400}
+    config = ImageConfig.from_settings(VisionConfig(), {}, video)
+    patchifier = Patchifier(config)
+    assert patchifier.frame_size(280, 280, 1) == (280, 280)
+    # 100 tokens * 784 pixels * 0.9 * 2 frames a token / 40 frames = 3528 pixels a frame
+    assert patchifier.frame_size(280, 280, 40) == (56, 56)
+    assert patchifier.frame_size(280, 280, 4000) == (28, 28)
+    free = Patchifier(ImageConfig.from_settings(VisionConfig(), {}, {**video, "cap_pixels_per_frame": False}))
+    assert free.frame_size(280, 280, 4000) == (280, 280)
+
+
+@pytest.mark.parametrize(
+    "image, video, words",
+    [
+        ({"min_pixels": 784.5}, {}, "an integer is needed"),
+        ({"size": {"height": 224, "width": 224}}, {}, "shortest_edge and longest_edge"),
+        ({"size": 224}, {}, "shortest_edge and longest_edge"),
+        ({"image_mean": [0.1, 0.2, 0.3]}, {"image_mean": [0.3, 0.2, 0.1]}, "image_mean differs"),
+        ({"min_pixels": 0}, {}, "min_pixels=0"),
+        ({"max_pixels": 100}, {}, "less than one vision token"),
+        ({"image_std": [1.0, 0.0, 1.0]}, {}, "image_std"),
+    ],
+)
+def test_settings_that_cannot_be_followed(image, video, words):
+    with pytest.raises(ConfigError, match=words):
+        ImageConfig.from_settings(VisionConfig(), image, video)
 
 
 def test_settings_that_change_pixels_are_refused_together():

@@ -1,5 +1,6 @@
 """Token ids, pixels, positions and labels equal what transformers makes of the same conversation."""
 
+import os
 import pickle
 
 import numpy as np
@@ -15,6 +16,7 @@ from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 from umer1.data.processor import IGNORE, content_id
 from umer1.data.schema import Side
+from umer1.errors import UserError
 
 ANSWER = prompts.assistant_text("two and three are five", "a red square")
 TEXTS = [
@@ -216,6 +218,29 @@ def test_causes(tmp_path):
         assert side_cause(side, tmp_path, processor) == cause
 
 
+def test_prompt_arguments_of_the_wrong_form(tmp_path):
+    for arguments in ((None, [], []), ("q", "a.png", []), ("q", [], ["a.png"]), ("q", [3], [])):
+        with pytest.raises(BadSample, match="bad_record"):
+            make_processor().encode_prompt(*arguments, MediaRoot(tmp_path))
+    with pytest.raises(UserError, match="--data-root"):
+        make_processor().encode_prompt("q", ["a.png"], [], None)
+
+
+def test_a_changed_picture_is_decoded_anew(tmp_path):
+    processor, media = make_processor(), MediaRoot(tmp_path)
+    side = Side(text=f"<image>{prompts.user_text('q')}", images=("a.png",), response=ANSWER)
+    write_picture(tmp_path, "a.png", 28, 28, seed=0)
+    first = processor.encode_side(side, media)
+    assert torch.equal(processor.encode_side(side, media).pixel_values, first.pixel_values)
+    write_picture(tmp_path, "a.png", 28, 28, seed=1)
+    os.utime(tmp_path / "a.png", ns=(1, 1))  # file systems' clocks are coarse
+    assert not torch.equal(processor.encode_side(side, media).pixel_values, first.pixel_values)
+    first.pixel_values.zero_()  # what is handed out is the caller's own
+    write_picture(tmp_path, "b.png", 28, 28, seed=1)
+    again = processor.encode_side(Side(side.text, ("b.png",), (), ANSWER), media)
+    assert torch.equal(processor.encode_side(side, media).pixel_values, again.pixel_values)
+
+
 def test_over_length_cuts_reasoning_at_its_end_and_nothing_else(tmp_path):
     picture = write_picture(tmp_path, "a.png", 56, 56)
     response = prompts.assistant_text("one two three four five six seven eight nine ten " * 3, "a red square")
@@ -258,6 +283,11 @@ def test_media_stop_being_decoded_once_the_prompt_cannot_fit(tmp_path):
     with pytest.raises(BadSample, match="over_length"):
         make_processor(400).encode_side(side, media)
     assert media.opened < 40
+    media.opened = 0
+    video = Side(text=f"<video>{prompts.user_text('q')}", videos=((picture,) * 500,), response=ANSWER)
+    with pytest.raises(BadSample, match="over_length"):
+        make_processor(400).encode_side(video, media)
+    assert media.opened == 1
 
 
 def test_blank_image_is_an_option(tmp_path):

@@ -5,6 +5,7 @@ all of them.  Rows are ordered so that the 2 x 2 patches that the merger joins a
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class ImageConfig:
     max_pixels: int = 2_359_296
     video_min_pixels: int = 3_136
     video_max_pixels: int = 25_088
+    max_video_tokens: int | None = None  # of one video; bounds the pixels of a frame of a long one
 
     @property
     def factor(self) -> int:
@@ -87,8 +89,18 @@ class ImageConfig:
             max_pixels=_first(max_pixels, high, default.max_pixels),
             video_min_pixels=_first(video_min_pixels, video_low, default.video_min_pixels),
             video_max_pixels=_first(video_max_pixels, video_high, default.video_max_pixels),
+            max_video_tokens=(
+                _first(_integer(video_settings.get("max_video_tokens")), 128_000)
+                if video_settings.get("cap_pixels_per_frame")
+                else None
+            ),
         )
         problems += config.violations()
+        for name in ("image_mean", "image_std"):
+            if name in video_settings and video_settings[name] != image_settings.get(name, video_settings[name]):
+                problems.append(
+                    f"{name} differs between the image and the video preprocessor settings; one is supported"
+                )
         if problems:
             raise ConfigError(problems)
         return config
@@ -102,14 +114,13 @@ def _bounds(settings: dict) -> tuple[int | None, int | None]:
     """(fewest, most) pixels in either spelling of a preprocessor file."""
     size = settings.get("size")
     size = size if isinstance(size, dict) else {}
-    low, high = settings.get("min_pixels"), settings.get("max_pixels")
-    low = _first_or_none(low, size.get("shortest_edge"), size.get("min_pixels"))
-    high = _first_or_none(high, size.get("longest_edge"), size.get("max_pixels"))
-    return low, high
+    low = (settings.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"))
+    high = (settings.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"))
+    return tuple(next((value for value in map(_integer, values) if value is not None), None) for values in (low, high))
 
 
-def _first_or_none(*values):
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _channels(value, default):
@@ -134,6 +145,14 @@ def _unsupported(kind: str, settings: dict, vision: Any) -> list[str]:
     factor = settings.get("rescale_factor")
     if factor is not None and not (isinstance(factor, float) and math.isclose(factor, 1 / 255)):
         found.append(f"the {kind} preprocessor settings say rescale_factor={factor!r}; only 1/255 is supported")
+    for name in ("min_pixels", "max_pixels", "max_video_tokens"):
+        if settings.get(name) is not None and _integer(settings[name]) is None:
+            found.append(f"the {kind} preprocessor settings say {name}={settings[name]!r}; an integer is needed")
+    if settings.get("size") is not None and None in _bounds(settings):
+        found.append(
+            f"the {kind} preprocessor settings say size={settings['size']!r}; shortest_edge and longest_edge, in "
+            "pixels, are needed"
+        )
     for name in ("image_mean", "image_std"):
         value = settings.get(name)
         legal = isinstance(value, list) and len(value) == 3 and all(isinstance(item, int | float) for item in value)
@@ -179,30 +198,34 @@ class Patchifier:
             height, width, factor=config.factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels
         )
 
-    def frame_size(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) after resizing a video frame."""
-        config = self.config
-        return smart_resize(
-            height, width, factor=config.factor, min_pixels=config.video_min_pixels, max_pixels=config.video_max_pixels
-        )
+    def frame_size(self, width: int, height: int, num_frames: int) -> tuple[int, int]:
+        """(height, width) after resizing each of a video's frames."""
+        config, most = self.config, self.config.video_max_pixels
+        if config.max_video_tokens is not None:
+            # An even share of the whole video's budget, nine tenths of the tokens (transformers, qwen-vl-utils).
+            budget = int(config.max_video_tokens * config.factor**2 * 0.9) * config.temporal_patch_size
+            most = max(min(most, budget // num_frames), int(config.video_min_pixels * 1.05))
+        return smart_resize(height, width, factor=config.factor, min_pixels=config.video_min_pixels, max_pixels=most)
 
     def image(self, image: Image.Image) -> "Patches":
         """RGB image -> its patches; the grid is (1, rows, columns)."""
         return self._arranged(_resized(image, self.image_size(*image.size))[None, None])
 
-    def video(self, frames: list[Image.Image]) -> "Patches":
+    def video(self, frames: Iterable[Image.Image], num_frames: int) -> "Patches":
         """RGB frames of one size -> their patches; the grid is (steps, rows, columns).
 
-        An incomplete last step repeats the last frame.  Raises BadSample("frame_sizes") when sizes differ.
+        Frames are taken one by one, so that only their resized form is held.  An incomplete last step repeats the last
+        frame.  Raises BadSample("frame_sizes") when sizes differ.
         """
-        first = frames[0].size
+        arrays, first, size = [], None, None
         for frame in frames:
+            if first is None:
+                first, size = frame.size, self.frame_size(*frame.size, num_frames)
             if frame.size != first:
                 raise BadSample(
                     "frame_sizes", f"frames of {first[0]} x {first[1]} and {frame.size[0]} x {frame.size[1]}"
                 )
-        size = self.frame_size(*first)
-        arrays = [_resized(frame, size) for frame in frames]
+            arrays.append(_resized(frame, size))
         arrays += [arrays[-1]] * (-len(arrays) % self.config.temporal_patch_size)
         return self._arranged(np.stack(arrays).reshape(-1, self.config.temporal_patch_size, *size, 3))
 

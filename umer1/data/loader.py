@@ -231,6 +231,7 @@ class Loader:
                 num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch_factor,
                 collate_fn=_as_it_is,
+                generator=torch.Generator(),  # of its own: the global state must not depend on the number of workers
             )
         )
 

@@ -5,40 +5,29 @@ that spells `<|im_start|>` or `<|image_pad|>` is a bad sample, not a turn or an 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 
 from umer1.data import prompts
 from umer1.data.bad_samples import BadSample
-from umer1.data.images import ImageConfig, Patches, Patchifier
+from umer1.data.images import ImageConfig
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Sequence, Side
+from umer1.data.vision import Vision, VisionLoader, too_long
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.positions import mrope_positions
 
 IGNORE = -100  # label of a position that is not supervised
 MAX_FRAMES = 768  # of one video; transformers' own limit for Qwen2-VL
-_BLANK_SIZE = (28, 28)  # the white image that upstream adds to text-only inputs
-# Bounds of what is kept because small data sets repeat it; large data pass through without being kept.
+# Bounds of what is kept, since small data sets repeat their texts and layouts; others pass through.
 _CACHED_TEXTS, _CACHED_CHARACTERS = 16384, 1024
-_KEPT_BYTES, _KEPT_PICTURE_BYTES, _KEPT_FRAMES = 64 * 2**20, 64 * 2**10, 16
 _KEPT_LAYOUTS, _KEPT_LAYOUT_TOKENS = 4096, 1024
 # Added tokens that only mark up text: grounding data spells them, and they cannot forge a turn or an image.
 _MARK_UP = {f"<|{name}_{edge}|>" for name in ("object_ref", "box", "quad") for edge in ("start", "end")}
-
-
-@dataclass(frozen=True, slots=True)
-class _Vision:
-    """One image or video, ready to stand in a prompt."""
-
-    pixels: torch.Tensor  # float32 [P, patch_dim]
-    grid: tuple[int, int, int]
-    ids: list[int]  # start, pads, end
 
 
 class Processor:
@@ -64,13 +53,9 @@ class Processor:
         self.model_config = model_config
         self.image_config = image_config
         self.max_length = max_length
-        self.max_frames = max_frames
         self.blank_image_for_text = blank_image_for_text
-        self.patchifier = Patchifier(image_config)
-        self._merge_area = image_config.merge_size**2
+        self.vision = VisionLoader(special, image_config, max_length, max_frames)
         self._known: dict[str, list[int]] = {}
-        self._pictures: dict[tuple, Patches] = {}
-        self._kept_bytes = 0
         self._layouts: dict[tuple, np.ndarray] = {}
         self._reserved = self._reserved_ids()
         self._opening = self._encode(prompts.USER_OPENING.removesuffix("user\n"))
@@ -102,13 +87,13 @@ class Processor:
         if response is not None and self.special.gen_emb not in response:
             raise BadSample("no_gen_emb", f"the response ends {side.response[-40:]!r} without {prompts.GEN_EMB}")
         fixed = sum(len(part) for part in head if isinstance(part, list)) + 1
-        visions = self._load(parts, media, fixed)
+        visions = self.vision.load(parts, media, fixed)
         ids = _interleave(head, visions)
         disc_index = self._disc_index(ids)
         if response is not None:
             response = self._fit(response, side.response, len(ids))
         elif self.max_length is not None and len(ids) > self.max_length:
-            raise self._too_long(len(ids))
+            raise too_long(len(ids), self.max_length)
         target = content_id(side.text, side.images, side.videos)
         return self._sequence(ids, response, visions, disc_index, target)
 
@@ -126,20 +111,22 @@ class Processor:
         text: the task text alone.  disc_only: cut behind `<disc_emb>`; attention is causal, so its state is the same.
         Raises BadSample.
         """
-        if not isinstance(text, str):
-            raise BadSample("bad_record", f"the text must be a string, not {type(text).__name__}")
+        if not isinstance(text, str) or isinstance(images, str) or any(isinstance(paths, str) for paths in videos):
+            raise BadSample(
+                "bad_record", "needed are a text, a list of image paths, and a list of lists of frame paths"
+            )
         parts: list[Any] = [("image", path) for path in images] + [("video", tuple(paths)) for paths in videos]
         if not parts and self.blank_image_for_text:
             parts.append(("blank", None))
         parts.append(prompts.user_text(text))
         head = self._user_ids(parts)
-        visions = self._load(parts, media, sum(len(part) for part in head if isinstance(part, list)))
+        visions = self.vision.load(parts, media, sum(len(part) for part in head if isinstance(part, list)))
         ids = _interleave(head, visions)
         disc_index = self._disc_index(ids)
         if disc_only:
             ids = ids[: disc_index + 1]
         if self.max_length is not None and len(ids) > self.max_length:
-            raise self._too_long(len(ids))
+            raise too_long(len(ids), self.max_length)
         target = content_id(text, tuple(images), tuple(tuple(paths) for paths in videos))
         return self._sequence(ids, None, visions, disc_index, target)
 
@@ -155,7 +142,7 @@ class Processor:
             ids = [int(item) for item in response]
         length = prompt.prompt_length + len(ids)
         if self.max_length is not None and length > self.max_length:
-            raise self._too_long(length)
+            raise too_long(length, self.max_length)
         # the prompt ends in text, whose axes agree; a long video's frame positions may be larger than this
         start = int(prompt.position_ids[0, -1]) + 1
         added = torch.arange(start, start + len(ids)).expand(3, -1)
@@ -250,9 +237,6 @@ class Processor:
             raise BadSample("no_disc_emb", f"the prompt has no {prompts.DISC_EMB}")
         return index
 
-    def _too_long(self, length: int) -> BadSample:
-        return BadSample("over_length", f"{length} tokens, more than {self.max_length}")
-
     def _fit(self, ids: list[int], text: str, prompt_length: int) -> list[int]:
         """Response ids that fit behind the prompt with `<|im_end|>`: reasoning is cut at its end, nothing else."""
         excess = 0 if self.max_length is None else prompt_length + len(ids) + 1 - self.max_length
@@ -260,65 +244,20 @@ class Processor:
             return ids
         start, end = text.find("<think>"), text.find("</think>")
         if start < 0 or end < start or prompts.GEN_EMB not in text[end:]:
-            raise self._too_long(prompt_length + len(ids) + 1)
+            raise too_long(prompt_length + len(ids) + 1, self.max_length)
         before = self._encode(text[: start + len("<think>")])
         reasoning = self._encode(text[start + len("<think>") : end])
         after = self._encode(text[end:])
         # the three parts may take more tokens than the whole did, so the room is counted anew
         room = self.max_length - prompt_length - 1 - len(before) - len(after)
         if room < 0:
-            raise self._too_long(prompt_length + len(before) + len(after) + 1)
+            raise too_long(prompt_length + len(before) + len(after) + 1, self.max_length)
         return [*before, *reasoning[:room], *after]
-
-    # -- media -------------------------------------------------------------------------------------------------------
-
-    def _load(self, parts: list[Any], media: MediaRoot | None, num_tokens: int) -> list[_Vision]:
-        """Decode media in order, stopping as soon as the prompt cannot fit: memory is bounded by max_length."""
-        visions = []
-        for part in parts:
-            if isinstance(part, str):
-                continue
-            kind, source = part
-            if media is None and kind != "blank":
-                raise UserError("the input names media, but no data root was given; pass --data-root DIR")
-            if kind == "blank":
-                patches = self.patchifier.image(Image.new("RGB", _BLANK_SIZE, (255, 255, 255)))
-            else:
-                patches = self._patches(kind, source, media)
-            pad = self.special.video_pad if kind == "video" else self.special.image_pad
-            count = len(patches.pixels) // self._merge_area
-            num_tokens += count + 2
-            if self.max_length is not None and num_tokens > self.max_length:
-                raise self._too_long(num_tokens)
-            ids = [self.special.vision_start, *[pad] * count, self.special.vision_end]
-            visions.append(_Vision(self.patchifier.normalised(patches), patches.grid, ids))
-        return visions
-
-    def _patches(self, kind: str, source: Any, media: MediaRoot) -> Patches:
-        """Decode, resize and cut; small pictures are kept, so that a small data set is decoded once."""
-        paths = (source,) if kind == "image" else source
-        if not paths:
-            raise BadSample("bad_record", "a video has no frames")
-        if len(paths) > self.max_frames:
-            raise BadSample("too_many_frames", f"a video has {len(paths)} frames, more than {self.max_frames}")
-        key = (kind, *map(media.signature, paths)) if len(paths) <= _KEPT_FRAMES else None
-        kept = self._pictures.get(key)
-        if kept is not None:
-            return kept
-        images = [media.open_image(path) for path in paths]
-        patches = self.patchifier.image(images[0]) if kind == "image" else self.patchifier.video(images)
-        if key is not None and None not in key and patches.pixels.nbytes <= _KEPT_PICTURE_BYTES:
-            self._kept_bytes += patches.pixels.nbytes
-            if self._kept_bytes > _KEPT_BYTES:
-                self._pictures.clear()
-                self._kept_bytes = patches.pixels.nbytes
-            self._pictures[key] = patches
-        return patches
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def _sequence(
-        self, prompt: list[int], response: list[int] | None, visions: list[_Vision], disc_index: int, target: int
+        self, prompt: list[int], response: list[int] | None, visions: list[Vision], disc_index: int, target: int
     ) -> Sequence:
         closed = [] if response is None else [*response, self.special.im_end]
         input_ids = np.array(prompt + closed, dtype=np.int64)
@@ -343,7 +282,7 @@ class Processor:
             target_id=target,
         )
 
-    def _prompt_positions(self, prompt: np.ndarray, grid_thw: torch.Tensor, visions: list[_Vision]) -> np.ndarray:
+    def _prompt_positions(self, prompt: np.ndarray, grid_thw: torch.Tensor, visions: list[Vision]) -> np.ndarray:
         """int64 [3, len(prompt)].  Positions depend on where the vision blocks stand and on their grids alone."""
         starts = np.flatnonzero(prompt == self.special.vision_start).tolist()
         key = (len(prompt), *starts, *(vision.grid for vision in visions))
@@ -358,7 +297,7 @@ class Processor:
         return known.copy()
 
 
-def _interleave(head: list[Any], visions: list[_Vision]) -> list[int]:
+def _interleave(head: list[Any], visions: list[Vision]) -> list[int]:
     """Ids of the whole prompt: id lists as they are, each media part by its block."""
     blocks = iter(visions)
     ids: list[int] = []
