@@ -1,0 +1,153 @@
+"""`umer1 eval --benchmark mini`: scores of a model on the generated benchmark.
+
+    umer1 eval --benchmark mini --model DIR --output DIR
+    torchrun --nproc-per-node 2 -m umer1.cli eval --benchmark mini --model DIR --output DIR
+
+Per task and as the mean over tasks: disc, gen, oracle (per query the better of the two), pass@k of sampled responses,
+length and format of the responses, the cosine between different thoughts of one input, and time per query on one copy
+of the model.  Queries are compared with candidates of their own mode.
+
+What the thoughts are worth: the greedy response is read again, teacher-forced, with its own summary but without
+reasoning (`empty`: `<think></think>` + what followed the thoughts) and with the reasoning of another query of the task
+(`shuffled`); the candidates keep theirs.  OUTPUT gets results.json, results.txt and results.png.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from umer1 import __version__
+from umer1 import device as devices
+from umer1.configuration import help_text, load_config
+from umer1.data.media import MediaRoot
+from umer1.data.mini_mmeb import make_mini_mmeb
+from umer1.distributed.parallel import ParallelState, init_distributed
+from umer1.errors import UserError
+from umer1.evaluation.evaluate import GenSettings, run_task
+from umer1.evaluation.modes import mean_over_tasks, score_task
+from umer1.evaluation.report import evaluation_report, write_evaluation
+from umer1.evaluation.tasks import Benchmark, read_benchmark
+from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
+from umer1.inference.generate import GenerationConfig
+from umer1.inference.progress import Progress
+
+DEFAULT_ROOT = Path("runs/mini-mmeb")  # where training draws it, too
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What is evaluated, and where the results go"""
+
+    benchmark: Literal["mini"] = "mini"
+    """The generated benchmark, mini-MMEB."""
+    data_root: str | None = None
+    """Root of a generated mini-MMEB; unset: runs/mini-mmeb, generated if it is not there."""
+    output: str | None = None
+    """Directory for results.json, results.txt and results.png."""
+    modes: Literal["both", "disc"] = "both"
+    """disc leaves out all that needs generated responses (for a model that was not trained to reason)."""
+    num_samples: int = 16
+    """Sampled responses per query, for pass@k and the cosine between thoughts; 0 for none."""
+    sample_temperature: float = 1.0
+    """Temperature of the samples."""
+    max_new_tokens: int = 64
+    """Most tokens of a response; one without <gen_emb> by then is closed with it and counted."""
+    max_sequences: int = 1024
+    """Most responses that are generated at once."""
+    seed: int = 0
+    """Seed of the samples and of who gets whose thoughts."""
+
+    def violations(self) -> list[str]:
+        found = [] if self.output else ["--output is required"]
+        if self.num_samples < 0:
+            found.append(f"num_samples={self.num_samples} must be 0 or above")
+        if not self.sample_temperature > 0:
+            found.append(f"sample_temperature={self.sample_temperature} must be above 0")
+        return found + self.generation().violations()
+
+    def generation(self) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens, max_sequences=self.max_sequences, generation_seed=self.seed
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalCommand:
+    """umer1 eval"""
+
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def violations(self) -> list[str]:
+        return self.eval.violations() + self.engine.violations()
+
+
+def main(argv: list[str]) -> None:
+    """The command; every rank runs it, rank 0 prints and writes."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(EvalCommand, __doc__))
+        return
+    command = load_config(EvalCommand, argv)
+    directory = open_directory(command.engine)
+    processor = make_processor(command.engine, directory)
+    with init_distributed(command.engine.parallel(), seed=command.eval.seed) as state:
+        benchmark = _open_benchmark(command.eval, state)
+        engine = load_engine(command.engine, directory, processor, state)
+        result = evaluate(engine, benchmark, command.eval)
+        if state.rank == 0:
+            result = {"model": command.engine.model, **result}
+            write_evaluation(result, command.eval.output)
+            print(evaluation_report(result), flush=True)
+        state.barrier()
+
+
+def _open_benchmark(config: EvalConfig, state: ParallelState) -> Benchmark:
+    """The benchmark's files, drawn by rank 0 when the default ones are not there yet."""
+    if config.data_root is not None:
+        return read_benchmark(Path(config.data_root) / "eval")
+    if state.rank == 0 and not (DEFAULT_ROOT / "eval" / "meta.json").exists():
+        try:
+            make_mini_mmeb(DEFAULT_ROOT, progress=print)
+        except (OSError, ValueError) as error:
+            raise UserError(f"mini-MMEB could not be generated in {DEFAULT_ROOT}: {error}; give --data-root") from None
+    state.barrier()
+    return read_benchmark(DEFAULT_ROOT / "eval")
+
+
+def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict | None:
+    """The result (results.json less the model's name) on rank 0, None elsewhere."""
+    gen = None
+    if config.modes == "both":
+        gen = GenSettings(
+            generation=config.generation(),
+            num_samples=config.num_samples,
+            sample_temperature=config.sample_temperature,
+            seed=config.seed,
+        )
+    state = engine.state
+    media = MediaRoot(benchmark.media_root)
+    progress = Progress("umer1 eval", sum(len(task.queries) for task in benchmark.tasks), enabled=state.rank == 0)
+    start = time.perf_counter()
+    sections = {}
+    for task in benchmark.tasks:
+        outputs = run_task(engine, task, media, gen)
+        if outputs is not None:
+            sections[task.name] = score_task(outputs)
+        progress.add(len(task.queries))
+    progress.finish()
+    if state.rank != 0:
+        return None
+    return {
+        "benchmark": benchmark.name,
+        "data_fingerprint": benchmark.fingerprint,
+        "umer1": __version__,
+        "device": devices.device_name(),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "data_parallel_size": state.dp_size,
+        "seed": config.seed,
+        "num_samples": config.num_samples if gen else 0,
+        "seconds": time.perf_counter() - start,
+        "tasks": sections,
+        "mean": mean_over_tasks(sections),
+    }
