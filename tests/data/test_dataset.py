@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from data_tools import make_processor, record, record_side, write_picture, write_records
 
@@ -189,3 +190,32 @@ def test_jsonl_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("umer1.data.dataset.json.loads", lambda raw: read.append(len(raw)) or original(raw))
     dataset.read(30)
     assert len(read) == 1 and read[0] < path.stat().st_size / 40
+
+
+def test_damaged_files_end_in_one_of_the_two_errors(tmp_path):
+    """Whatever is inserted, overwritten or cut out: an error of the file, a bad sample, or a pair."""
+    rng = np.random.default_rng(0)
+    picture = write_picture(tmp_path, "a.png", 28, 28)
+    records = [record(i) for i in range(3)]
+    records[1]["qry"] = record_side("<image>é x", image=picture)
+    records[2]["pos"] = record_side("<video>y", video=[picture] * 3)
+    words = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"null", b"NaN", b"\\ud800", b"\\", b"\xff", b"\0", b"\n", b"-"]
+    words += [b"<image>", b"<video>", b"<|im_start|>", b"<gen_emb>", b'"image"', b'"neg"', b"../", b"9" * 5000]
+    processor, path, outcomes = make_processor(200), tmp_path / "pairs", {"file": 0, "bad": 0, "good": 0}
+    for attempt in range(300):
+        data = bytearray(write_records(path, records, lines=bool(attempt % 2)).read_bytes())
+        at, word = int(rng.integers(len(data))), words[int(rng.integers(len(words)))]
+        data[at : at + (0, len(word), 30)[attempt % 3]] = word if attempt % 3 < 2 else b""
+        path.write_bytes(bytes(data))
+        try:
+            dataset = PairDataset(path, None, processor)
+        except UserError:
+            outcomes["file"] += 1
+            continue
+        for index in range(len(dataset)):
+            try:
+                outcomes["good"] += dataset[index].index == index
+            except BadSample as error:
+                outcomes["bad"] += bool(error.detail)
+        dataset.close()
+    assert min(outcomes.values()) > 20
