@@ -6,6 +6,7 @@ import socket
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -193,8 +194,25 @@ def test_exif_orientation_is_applied(tmp_path):
         assert MediaRoot(tmp_path).open_image(name).size == (20, 30)
 
 
-def test_no_warning_reaches_the_user(tmp_path):
-    write_picture(tmp_path, "a.png", 100, 100)
+def test_no_warning_of_pillow_reaches_the_user(tmp_path):
+    palette = Image.new("P", (2, 2))
+    palette.putpalette([10, 20, 30])
+    palette.save(tmp_path / "p.png", transparency=bytes([0, 255]))
+    (tmp_path / "half.tif").write_bytes(b"II*\0\x08\0\0\0\xff\0" + b"\1" * 50)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert MediaRoot(tmp_path).open_image("a.png").size == (100, 100)
+        media = MediaRoot(tmp_path)
+        assert media.open_image("p.png").getpixel((0, 0)) == (255, 255, 255)
+        assert cause(media, "half.tif") == "corrupt_image"
+
+
+def test_threads_may_decode_together(tmp_path):
+    for index in range(20):
+        write_picture(tmp_path, f"{index}.png", 40, 40, seed=index)
+    media = MediaRoot(tmp_path)
+    names = [f"{index % 20}.png" for index in range(400)]
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        threaded = list(pool.map(lambda name: media.open_image(name).tobytes(), names))
+    assert threaded == [media.open_image(name).tobytes() for name in names]
+    assert warnings.filters == filters

@@ -36,6 +36,9 @@ class MediaRoot:
             raise UserError(
                 f"the data root {str(root)!r} is not a directory; give the folder that media paths start at"
             )
+        # Our own bound on the header's size is what counts, and metadata faults are not the pixels' faults.  Once and
+        # for the process: warnings.catch_warnings is not safe where threads decode.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         self.max_source_pixels = max_source_pixels
         self.max_file_bytes = max_file_bytes
         self._inside = self.root.rstrip("/") + "/"
@@ -100,17 +103,15 @@ class MediaRoot:
     def _decode(self, file, relative: str, read):
         """`read(image)` of an image whose header is within the bounds."""
         try:
-            with warnings.catch_warnings():
-                # Our own bound on the header's size is what counts, and metadata faults are not the pixels' faults.
-                warnings.simplefilter("ignore")
-                with Image.open(file, formats=FORMATS) as image:
-                    width, height = image.size
-                    if width * height > self.max_source_pixels:
-                        raise BadSample(
-                            "too_many_pixels",
-                            f"{relative!r} is {width} x {height}, more than {self.max_source_pixels} pixels",
-                        )
-                    return read(image)
+            with Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > self.max_source_pixels:
+                    raise BadSample(
+                        "too_many_pixels",
+                        f"{relative!r} is {width} x {height}, more than {self.max_source_pixels} pixels",
+                    )
+                image.load()
+                return to_rgb(image)
         except BadSample:
             raise
         except UnidentifiedImageError:
