@@ -43,6 +43,11 @@ class BaseSettings:
     seed: int = 0
 
 
+def mini_base_path() -> Path:
+    """The committed base: a Hugging Face directory in the package."""
+    return Path(__file__).parent.parent / "assets" / "mini_base"
+
+
 def model_config(settings: BaseSettings, tokenizer) -> Qwen2VLConfig:
     """Head size 32 (the smallest that inference engines take), tied embeddings, spare rows for the embedding tokens."""
     half = settings.hidden_size // settings.heads // 2
@@ -103,7 +108,7 @@ def sample_caption(rng: np.random.Generator, kind: str) -> tuple[Board, str]:
     """A picture and the list of its cells: hop boards in random order, `key pointer digit` or `key digit pointer`."""
     if kind == "mosaic":
         board = sample_mosaic(rng)
-        board.frames[0][rng.random(9) < rng.choice([0.0, 0.5])] = BLANK_TILE
+        board.frames[0][rng.random(len(board.frames[0])) < rng.choice([0.0, 0.5])] = BLANK_TILE
         cells = board.frames[0][:, 0]
         return board, "".join(BLANK if cell == BLANK_TILE else key_word("look", int(cell)) for cell in cells)
     if kind == "card":
@@ -206,6 +211,9 @@ def save_base(model: Qwen2VLForConditionalGeneration, tokenizer, output: Path) -
         pad_token="<|endoftext|>",
         clean_up_tokenization_spaces=False,
     ).save_pretrained(output)
+    path = output / "tokenizer_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     settings = dict(
         image_mean=CLIP_MEAN, image_std=CLIP_STD, do_convert_rgb=True, do_normalize=True, do_rescale=True,
         do_resize=True, rescale_factor=1 / 255, resample=3, patch_size=TILE_PIXELS, temporal_patch_size=2,

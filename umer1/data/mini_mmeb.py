@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from umer1.data.mini_tasks import (
     sample_board,
     sample_question,
 )
+from umer1.errors import ConfigError, UserError
 from umer1.files import write_json, write_text
 
 FORMAT_VERSION = 1  # part of the settings' hash: raise it when the same settings give other files
@@ -64,7 +66,9 @@ class MiniSettings:
     "Most arrows that a question follows; uniform from 0."
     slip_rate: float = 0.05
     "Share of teacher traces of one hop or more that take a wrong turn."
-    terse_rate: float = 0.5
+    miscount_rate: float = 0.5
+    "Share of teacher traces of three hops or more that lose count and stop one hop early."
+    terse_rate: float = 0.2
     "Share of teacher traces of two hops or more that state the answer without its steps."
     noise: float = 0.06
     "Standard deviation of colour shifts and of pixel noise, as a share of full scale."
@@ -76,7 +80,7 @@ class MiniSettings:
                 found.append(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.max_hops < len(NUMBERS):
             found.append(f"max_hops={self.max_hops} must lie between 0 and {len(NUMBERS) - 1}")
-        for name in ("slip_rate", "terse_rate", "noise"):
+        for name in ("slip_rate", "miscount_rate", "terse_rate", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}={getattr(self, name)} must lie between 0 and 1")
         return found
@@ -91,17 +95,18 @@ def make_mini_mmeb(root: str | Path, *, progress: Callable[[str], None] | None =
 
     settings: fields of MiniSettings.  The directory is filled aside and renamed, so it is complete or absent; one with
     other settings is replaced, anything else of that name is refused.  One process must do this, the others wait.
+    Raises ConfigError for settings out of range, UserError for a foreign directory.
     """
     root = Path(root)
     chosen = MiniSettings(**settings)
     if problems := chosen.violations():
-        raise ValueError("; ".join(problems))
+        raise ConfigError(problems)
     tell = progress or (lambda message: None)
     if _found_digest(root) == chosen.digest():
         tell(f"mini-MMEB: reusing {root}")
         return root
     if root.exists() and _found_digest(root) is None and any(root.iterdir()):
-        raise FileExistsError(f"{root} exists and is not a generated mini-MMEB; remove it or choose another directory")
+        raise UserError(f"{root} exists and is not a generated mini-MMEB; remove it or choose another directory")
     root.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(root)
     try:
@@ -130,6 +135,7 @@ class _Writer:
         self.settings = settings
         self.tell = tell
         self.saved: dict[int, tuple[Board, list[str]]] = {}  # by id; the board is kept so that its id stays taken
+        self.in_folder: Counter[str] = Counter()
         self.num_files = 0
 
     def write(self) -> dict[str, int]:
@@ -166,7 +172,7 @@ class _Writer:
             for _ in range(count):
                 yield look_question(rng)
             return
-        teacher = Teacher(slip_rate=settings.slip_rate, terse_rate=settings.terse_rate)
+        teacher = Teacher(settings.slip_rate, settings.miscount_rate, settings.terse_rate)
         # One picture per answer: equal targets are then equal files, which masking of equal targets can see.
         targets = [hop_target(rng, task, answer) for answer in range(NUM_ANSWERS)]
         for index in range(count):
@@ -187,7 +193,8 @@ class _Writer:
         if board is None:
             return {}
         if id(board) not in self.saved:
-            self.saved[id(board)] = board, self._save(board, f"images/{folder}/{len(self.saved):05d}", rng)
+            self.in_folder[folder] += 1
+            self.saved[id(board)] = board, self._save(board, f"images/{folder}/{self.in_folder[folder]:05d}", rng)
         paths = self.saved[id(board)][1]
         return {"video": paths} if board.is_video else {"image": paths[0]}
 
@@ -233,8 +240,10 @@ class _Writer:
     def _eval_question(self, task: str, index: int, rng: np.random.Generator) -> Question:
         if task not in HOP_TASKS:
             return look_question(rng)
-        board = sample_board(rng, task)
-        return sample_question(rng, task, board, (0, self.settings.max_hops), Teacher(), index % 4 == 3)
+        unseen = index % 4 == 3
+        while not (board := sample_board(rng, task)).has_answer(task, unseen):
+            pass
+        return sample_question(rng, task, board, (0, self.settings.max_hops), Teacher(), unseen)
 
     def _eval_record(self, name: str, view: View, task: str, rng: np.random.Generator) -> dict:
         return {"id": name, "text": view.text, **self._media(view.board, f"eval/{task}", rng)}

@@ -37,8 +37,9 @@ LEFT = " left,"
 _CELLS = {"img": 9, "doc": 8, "vid": 8}
 _COLUMNS = {"img": 3, "doc": 2, "vid": 2}
 _CELLS_PER_FRAME = {"img": 9, "doc": 8, "vid": 4}
-_LOOK_COLOURS = 4
-_LOOK_BLANKS = 5
+_LOOK_CELLS = 6
+_LOOK_COLOURS = 6
+_LOOK_BLANKS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +55,14 @@ class Board:
     @property
     def is_video(self) -> bool:
         return len(self.frames) > 1
+
+    def answer(self, cell: int) -> int:
+        """key * 8 + digit of a cell of a hop task."""
+        return self.keys[cell] * len(DIGITS) + self.digits[cell]
+
+    def has_answer(self, task: str, held_out: bool) -> bool:
+        """Whether some cell's answer is (or is not) held out of training."""
+        return any(is_held_out(task, self.answer(cell)) == held_out for cell in range(len(self.keys)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +90,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """How the rule-based teacher errs.  Rates are per trace of one hop or more (slips) and of two or more (terse)."""
+    """How the rule-based teacher errs, as shares of the traces in which it could.
+
+    slip: one hop or more, takes one wrong turn.  miscount: three hops or more, loses count and stops one hop early.
+    terse: two hops or more, states the right answer and no steps.
+    """
 
     slip_rate: float = 0.0
+    miscount_rate: float = 0.0
     terse_rate: float = 0.0
 
 
@@ -128,20 +142,27 @@ def sample_question(
 ) -> Question:
     """A question about `board` with hops[0] <= hops <= hops[1].
 
-    held_out: True or False: only answers that are or are not held out (a board always has some that are not; when it
-    has none that are, any is taken); None: any.
+    held_out: True or False: only answers that are or are not held out, of which the board must have one; None: any.
     """
     wanted = int(rng.integers(hops[0], hops[1] + 1))
     chains = [_walk(board, start, wanted) for start in rng.permutation(len(board.keys))]
-    fitting = [chain for chain in chains if held_out in (None, is_held_out(task, _answer(board, chain[-1])))]
-    chain = (fitting or chains)[0]
-    written = _slip(rng, board, chain) if wanted >= 1 and rng.random() < teacher.slip_rate else chain
-    terse = wanted >= 2 and rng.random() < teacher.terse_rate
+    fitting = [chain for chain in chains if held_out in (None, is_held_out(task, board.answer(chain[-1])))]
+    assert fitting, "the board has no such answer"
+    chain = fitting[0]
+    slips, miscounts, is_terse = rng.random(3) < (teacher.slip_rate, teacher.miscount_rate, teacher.terse_rate)
+    terse = wanted >= 2 and is_terse
+    written = chain
+    if not terse and wanted >= 3 and miscounts:
+        written = written[:-1]
+    if not terse and wanted >= 1 and slips:
+        written = _slip(rng, board, written)
+    if held_out is False and is_held_out(task, board.answer(written[-1])):
+        written = chain  # nor may a wrong trace name an answer that is held out
     text = f"{QUERY_OPENING[task]}{key_word(task, board.keys[chain[0]])}{QUERY_MIDDLE[task]} {NUMBERS[wanted]}"
     query = View(
-        board, text, GUESS if terse else _trace(task, board, written), _shown(task, _answer(board, written[-1]))
+        board, text, GUESS if terse else _trace(task, board, written, wanted), _shown(task, board.answer(written[-1]))
     )
-    answer = _answer(board, chain[-1])
+    answer = board.answer(chain[-1])
     return Question(task, query, hop_target(rng, task, answer), answer, wanted)
 
 
@@ -160,22 +181,22 @@ def _slip(rng: np.random.Generator, board: Board, chain: list[int]) -> list[int]
     return chain[:at] + _walk(board, wrong, len(chain) - 1 - at)
 
 
-def _answer(board: Board, cell: int) -> int:
-    return board.keys[cell] * len(DIGITS) + board.digits[cell]
-
-
 def _shown(task: str, answer: int) -> str:
     key, digit = divmod(answer, len(DIGITS))
     return key_word(task, key) + digit_word(digit)
 
 
-def _trace(task: str, board: Board, chain: list[int]) -> str:
-    """One `from to left` step per hop: the order in which the base's captions list a cell."""
+def _trace(task: str, board: Board, chain: list[int], hops: int) -> str:
+    """One `from to left` step per hop: the order in which the base's captions list a cell.
+
+    The count of hops left falls by one a step; the last step of a chain says zero even when it stops early.
+    """
     words = [key_word(task, board.keys[cell]) for cell in chain]
     if len(chain) == 1:
         return f"{words[0]} {NUMBERS[0]}{LEFT}"
-    steps = range(1, len(chain))
-    return "".join(f"{words[i - 1]}{words[i]} {NUMBERS[len(chain) - 1 - i]}{LEFT}" for i in steps)
+    last = len(chain) - 1
+    left = [hops - i if i < last else 0 for i in range(1, last + 1)]
+    return "".join(f"{words[i]}{words[i + 1]} {NUMBERS[n]}{LEFT}" for i, n in enumerate(left))
 
 
 def hop_target(rng: np.random.Generator, task: str, answer: int) -> View:
@@ -196,14 +217,14 @@ def card(rng: np.random.Generator, task: str, answer: int) -> Board:
 
 
 def sample_mosaic(rng: np.random.Generator) -> Board:
-    return Board((np.repeat(rng.integers(0, _LOOK_COLOURS, (9, 1)), 4, axis=1),), 3)
+    return Board((np.repeat(rng.integers(0, _LOOK_COLOURS, (_LOOK_CELLS, 1)), 4, axis=1),), 3)
 
 
 def look_question(rng: np.random.Generator) -> Question:
     """A mosaic and the same mosaic with cells blanked; each side's teacher names the two commonest colours it sees."""
     board = sample_mosaic(rng)
     blanked = board.frames[0].copy()
-    blanked[rng.permutation(9)[:_LOOK_BLANKS]] = BLANK_TILE
+    blanked[rng.permutation(_LOOK_CELLS)[:_LOOK_BLANKS]] = BLANK_TILE
     target = Board((blanked,), 3)
     sides = []
     for text, seen in ((LOOK_QUERY, board), (LOOK_TARGET, target)):
