@@ -5,10 +5,22 @@ from dataclasses import dataclass, field
 from umer1.data.loader import DataConfig
 from umer1.distributed.parallel import ParallelConfig
 from umer1.losses.contrastive import LossConfig
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.training.build import ModelConfig
 from umer1.training.checkpoint import CheckpointConfig
 from umer1.training.metrics import LoggingConfig
 from umer1.training.optimizer import OptimizerConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """The run as a whole"""
+
+    seed: int = 1234
+    """Order of the data and every other random choice."""
+
+    def violations(self) -> list[str]:
+        return [] if 0 <= self.seed < 2**31 else [f"seed={self.seed} must lie between 0 and {2**31 - 1}"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,8 +34,35 @@ class SFTConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
     def violations(self) -> list[str]:
         """Every broken rule that needs neither the model's files nor the number of processes."""
-        parts = (self.model, self.data, self.loss, self.optimizer, self.checkpoint, self.logging)
-        return [problem for part in parts for problem in part.violations()]
+        parts = (self.model, self.data, self.loss, self.optimizer, self.checkpoint, self.logging, self.run)
+        found = [problem for part in parts for problem in part.violations()]
+        budgets = (self.data.max_tokens_per_micro_batch, self.data.max_patches_per_micro_batch)
+        if not self.loss.cached_contrastive and budgets != (None, None):
+            found.append(
+                "no-cached-contrastive compares the pairs of one micro-batch over all ranks, which must hold equally "
+                "many: leave max_tokens_per_micro_batch and max_patches_per_micro_batch unset, or use "
+                "--cached-contrastive"
+            )
+        return found
+
+    def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
+        """Every broken rule between the model, the layout and the number of processes."""
+        found = self.parallel.violations(model_config, world_size)
+        if found:
+            return found
+        dp_size = world_size // (
+            self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+        )
+        found = self.data.violations(dp_size)
+        stages, pairs = self.parallel.pipeline_model_parallel_size, self.data.global_batch_size
+        if self.parallel.num_layers_per_virtual_pipeline_stage and not found and pairs // dp_size % stages:
+            found.append(
+                f"global_batch_size={pairs} gives each of {dp_size} data-parallel ranks {pairs // dp_size} pairs; the "
+                f"interleaved schedule needs a multiple of the {stages} pipeline stages, e.g. "
+                f"{(pairs // dp_size // stages + 1) * stages * dp_size}"
+            )
+        return found

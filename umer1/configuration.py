@@ -12,6 +12,7 @@ import inspect
 import textwrap
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,9 +188,15 @@ def read_flags(argv: list[str], config_class: type, problems: list[str]) -> tupl
     return values, config_path
 
 
-def load_config(config_class: type[C], argv: list[str], default_config: str | Path | None = None) -> C:
+def load_config(
+    config_class: type[C],
+    argv: list[str],
+    default_config: str | Path | None = None,
+    further: Callable[[C], list[str]] = lambda config: [],
+) -> C:
     """Defaults < YAML (`--config`, or `default_config` when no flag says where data or model are) < flags.
 
+    further: rules that need files, asked once the values are known.
     Raises ConfigError with every unknown name, wrong type and failed rule at once.
     """
     problems: list[str] = []
@@ -207,6 +214,7 @@ def load_config(config_class: type[C], argv: list[str], default_config: str | Pa
             problems.append(str(error))
     config = config_class(**{name: section(**grouped[name]) for name, section in sections(config_class).items()})
     problems += config.violations()
+    problems += [problem for problem in further(config) if problem not in problems]
     if problems:
         raise ConfigError(problems)
     return config

@@ -60,7 +60,7 @@ def run(path, save, layout, *, fp32=True, saves=False, resumes=False, **options)
         train(models, optimizer, scheduler, BEFORE, AFTER)
         scale = getattr(models[-1].module, "log_scale", None)
         weights = {name: tensor.clone() for name, tensor in export_hf(models, state)}
-        if weights and scale is not None:
+        if scale is not None:  # on the last stage
             weights["log_scale"] = scale.detach().clone()
         return weights
 
@@ -70,7 +70,11 @@ def runs(jobs):
 
 
 def _start(world_size, jobs):
-    return runs(jobs) if world_size == 1 else run_distributed(runs, world_size, jobs, timeout=400)[0]
+    """Per job the weights of all ranks together."""
+    ranks = [runs(jobs)] if world_size == 1 else run_distributed(runs, world_size, jobs, timeout=400)
+    return [
+        {name: tensor for rank in reversed(same) for name, tensor in rank.items()} for same in zip(*ranks, strict=False)
+    ]
 
 
 def _assert_same(name, got, want):

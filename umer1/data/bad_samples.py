@@ -13,7 +13,7 @@ import torch
 
 from umer1.errors import UserError
 
-_JUDGED_SAMPLES = 100  # fewest samples over which a share of bad ones is judged
+_JUDGED_SAMPLES = 64  # fewest samples over which a share of bad ones is judged
 
 # The fixed order makes counts a vector that ranks can add up.
 CAUSES = (
@@ -121,7 +121,7 @@ class BadSampleCounts:
     def check(self, limit: float, where: str | None = None) -> None:
         """UserError, on every rank alike, when a step could not be filled or the share of bad samples is over `limit`.
 
-        The share is judged over at least 100 samples, so that one early bad sample does not stop a run; a limit of 0
+        The share is judged over at least 64 samples, so that one early bad sample does not stop a run; a limit of 0
         allows none.
         """
         listed = f" They are listed in {where}." if where else ""

@@ -48,7 +48,7 @@ class DataConfig:
     """Processes of each rank that decode ahead; 0 decodes in the training process."""
     prefetch_factor: int = 2
     """Steps that each worker holds ready."""
-    max_bad_sample_fraction: float = 0.05
+    max_bad_sample_fraction: float = 0.1
     """Share of bad samples (counted, listed, replaced) over which the run stops; 0 allows none."""
     min_pixels: int | None = None
     """Fewest pixels of an image after resizing; default: the model directory's, else 768."""

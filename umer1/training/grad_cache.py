@@ -20,13 +20,14 @@ from umer1.training.forward_step import NUM_STATISTICS, SFTStep, current_log_sca
 
 
 def forward_backward(
-    models: list[torch.nn.Module], batches: list[PackedBatch], step: SFTStep, state: ParallelState
+    models: list[torch.nn.Module], batches: list[PackedBatch], step: SFTStep, state: ParallelState, several: bool
 ) -> torch.Tensor:
     """Leave the gradients of the global batch's loss in the models; this data-parallel rank's numbers are returned.
 
+    several: whether any data-parallel rank has more than one micro-batch; the ranks take the same way together.
     Returns fp32 [K + 2 + 4K] as `sft_loss` has them, summed over micro-batches; zeros where the last stage is not.
     """
-    if step.config.cached_contrastive and len(batches) > 1 and step.kinds:
+    if step.config.cached_contrastive and several and step.kinds:
         embeddings = dict(run_schedule(models, batches, partial(embed_step, step=step), state, embed_only=True))
         if embeddings:
             step.gradients = cached_gradients(embeddings, batches, step, unwrap(models[-1]))

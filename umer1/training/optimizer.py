@@ -93,7 +93,9 @@ def build_optimizer(config: OptimizerConfig, models: list[torch.nn.Module], *, u
     )
     # The standard overrides take biases and norms out of weight decay.
     overrides = get_standard_config_overrides(megatron_config)
-    optimizer = get_megatron_optimizer(megatron_config, models, config_overrides=overrides)
+    optimizer = get_megatron_optimizer(
+        megatron_config, models, config_overrides=overrides, use_gloo_process_groups=False
+    )
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -14,6 +14,7 @@ from umer1.configuration import to_yaml
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
+from umer1.evaluation.curves import plot_training
 from umer1.files import write_text
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import save_hf
@@ -52,7 +53,8 @@ class SFTTrainer:
 
     def fit(self) -> None:
         """Train, save every `save_interval` steps and at the end, export; leave early on SIGTERM or SIGUSR1."""
-        self.say(self.banner())
+        if self.state.rank == 0:  # a source of batches, which can describe them
+            self.say(self.banner())
         signals = SignalWatch()
         interval: list[dict[str, Any]] = []
         try:
@@ -77,13 +79,13 @@ class SFTTrainer:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over one global batch; returns this step's record."""
         started = time.perf_counter()
-        batches = self.batches.next(self.iteration)
+        batches, several = self.batches.next()
         totals, work = self.count(batches)
-        step = SFTStep(self.config.loss, totals, self.state.dp_group, self.config.model.train_vision)
+        step = SFTStep(self.config.loss, totals, self.state.groups.dp, self.config.model.train_vision)
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        numbers = forward_backward(self.models, batches, step, self.state)
+        numbers = forward_backward(self.models, batches, step, self.state, several)
         losses = self.share(numbers, step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         finite = math.isfinite(losses["loss"])
@@ -114,7 +116,7 @@ class SFTTrainer:
             dtype=torch.float64,
             device=self.state.device,
         )
-        dist.all_reduce(mine, group=self.state.dp_group)
+        dist.all_reduce(mine, group=self.state.groups.dp)
         pairs, query, positive, tokens, slots, patches, flops, negatives = mine.tolist()
         totals = Totals(int(pairs), (int(query), int(positive)))
         work = {"tokens": tokens, "slots": slots, "patches": patches, "flops": flops, "hard_negatives": negatives}
@@ -126,10 +128,10 @@ class SFTTrainer:
         if self.state.is_last_stage:
             with torch.no_grad():
                 temperature = torch.exp(-current_log_scale(unwrap(self.models[-1]), self.config.loss)).view(1)
-            dist.all_reduce(numbers, group=self.state.dp_group)
+            dist.all_reduce(numbers, group=self.state.groups.dp)
         everything = torch.cat([numbers, temperature.to(numbers)])
         if self.state.pp_size > 1:
-            dist.broadcast(everything, dist.get_process_group_ranks(self.state.pp_group)[-1], group=self.state.pp_group)
+            dist.broadcast(everything, self.state.last_stage_rank, group=self.state.groups.pp)
         values = everything.tolist()
         kinds = step.kinds
         record = dict(zip((f"{name}_loss" for name, _ in kinds), values, strict=False))
@@ -214,7 +216,7 @@ class SFTTrainer:
             "tflops_per_device": rate / 1e12,
             "mfu": rate / peak if peak else None,
             "memory_mib": device.memory_gib() * 1024,
-            "bad_samples": self.batches.num_bad_samples,
+            "bad_samples": self.batches.counts.bad,
             "eta_seconds": (self.config.optimizer.train_iters - self.iteration) * seconds / steps,
         }
         self.logger.log(record)
@@ -266,6 +268,10 @@ class SFTTrainer:
         if where:
             save_hf([unwrap(model) for model in self.models], self.directory, where, self.state)
         source = where or self.config.checkpoint.save
-        self.say(self.batches.report())
+        if self.state.rank == 0:
+            self.say(self.batches.report())
+            if self.config.checkpoint.save:
+                save = self.config.checkpoint.save
+                plot_training(f"{save}/metrics.jsonl", f"{save}/training.png")
         if source:
             self.say(f"training is complete. Next: umer1 eval --benchmark mini --model {source} --output {source}-eval")

@@ -1,0 +1,40 @@
+"""Cold-start SFT of a Qwen2-VL model: discriminative InfoNCE + generative InfoNCE + language loss.
+
+    torchrun --nproc-per-node 2 examples/pretrain_sft.py
+
+trains the embedded default (a tiny Qwen2-VL on generated pictures) on 1, 2 or 4 processes, GPU or not.  Real runs:
+
+    torchrun --nproc-per-node 8 examples/pretrain_sft.py --config examples/configs/qwen2_vl_2b_sft.yaml \\
+        --hf-model Qwen2-VL-2B-Instruct --data-path train.jsonl --data-root data --save runs/2b --export-hf runs/2b-hf
+
+A run that was stopped goes on from its newest valid checkpoint when the same command is given again.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from umer1.config import SFTConfig
+from umer1.configuration import help_text
+from umer1.distributed.parallel import init_distributed
+from umer1.errors import exit_on_user_error
+from umer1.training.launch import prepare_default_data, read_command_line
+from umer1.training.sft import SFTTrainer
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_sft.yaml"
+
+
+def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(SFTConfig, __doc__))
+        return
+    with exit_on_user_error("pretrain_sft"):
+        config, directory = read_command_line(sys.argv[1:], DEFAULT_CONFIG)
+        with init_distributed(config.parallel, seed=config.run.seed) as state:
+            prepare_default_data(config, state)
+            SFTTrainer(config, directory, state).fit()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Killed at random moments, mid-save included, a run resumes and ends with the weights of the undisturbed one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sft_reference import write_pairs
+from tiny_qwen2_vl import make_tiny_directory
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 24
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    model = make_tiny_directory(folder / "model", layers=2)
+    data = write_pairs(folder / "data", count=24)
+    return model, data
+
+
+def start(setting, folder: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
+    """The program in a session of its own, with one log line a step; saves every second step into folder/run."""
+    model, data = setting
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(ROOT / "examples" / "pretrain_sft.py"), "--hf-model", str(model), "--data-path", str(data)]
+    command += ["--data-root", str(data.parent), "--save", str(folder / "run"), "--save-interval", "2", "--fp32"]
+    command += f"--global-batch-size 4 --micro-batch-size 2 --train-iters {ITERATIONS} --lr 1e-3".split()
+    command += ["--lr-warmup-iters", "4", "--export-hf", str(folder / "hf"), "--data-block-size", "4", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "hf" / "model.safetensors")
+
+
+def assert_identical(got: Path, want: Path) -> None:
+    got_weights, want_weights = weights(got), weights(want)
+    assert got_weights.keys() == want_weights.keys()
+    different = [name for name in want_weights if not torch.equal(got_weights[name], want_weights[name])]
+    assert not different, f"{len(different)} of {len(want_weights)} tensors differ: {different[:3]}"
+
+
+def assert_close(got: Path, want: Path) -> None:
+    want_weights = weights(want)
+    for name, tensor in weights(got).items():
+        error = float((tensor - want_weights[name]).norm() / want_weights[name].norm())
+        assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+def wait_for(process: subprocess.Popen, word: str) -> None:
+    for line in process.stdout:
+        if word in line:
+            return
+
+
+@pytest.fixture(scope="module")
+def undisturbed(setting, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(start(setting, folder))
+    return folder
+
+
+def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
+    """Half of the kills wait until a checkpoint is being written; the delays are drawn anew in every run."""
+    seed = random.randrange(2**32)
+    print(f"delays drawn with seed {seed}")
+    rng = random.Random(seed)
+    kills = 0
+    for attempt in range(20):
+        process = start(setting, tmp_path)
+        wait_for(process, "iteration ")
+        if attempt % 2:
+            deadline = time.monotonic() + 5
+            while process.poll() is None and time.monotonic() < deadline:
+                if list((tmp_path / "run").glob(".*")):
+                    time.sleep(rng.uniform(0, 0.03))
+                    break
+                time.sleep(0.001)
+        else:
+            time.sleep(rng.uniform(0, 0.25))
+        if process.poll() is not None:
+            break
+        kill(process)
+        kills += 1
+    assert kills >= 5, "the run ended before it could be disturbed; make it longer"
+    out = finish(start(setting, tmp_path))
+    assert "resumed at iteration" in out
+    assert_identical(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("flags", ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
+def test_resume_in_another_layout(setting, undisturbed, tmp_path, flags):
+    """Ten steps by one process, the rest by two: float error apart, the same weights."""
+    process = start(setting, tmp_path)
+    wait_for(process, "iteration       11/")
+    kill(process)
+    out = finish(start(setting, tmp_path, *flags.split(), processes=2))
+    assert "resumed at iteration" in out
+    assert_close(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves(setting, undisturbed, tmp_path, number):
+    process = start(setting, tmp_path, "--save-interval", "1000")
+    wait_for(process, "iteration        5/")
+    process.send_signal(number)
+    out = finish(process)
+    assert f"stopped by {number.name}" in out
+    assert "resumed at iteration" in finish(start(setting, tmp_path))
+    assert_identical(tmp_path, undisturbed)
