@@ -17,7 +17,7 @@ from umer1.inference.sampling import sample_key, uniform
 from umer1.models.embedding import read_embedding
 
 # Rows of finished sequences are dropped from the cache once they make up this share of it: each drop copies the cache.
-_DROP_SHARE = 0.125
+_DROP_SHARE = 0.25
 
 
 @dataclass(kw_only=True, slots=True)

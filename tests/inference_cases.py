@@ -59,11 +59,10 @@ def reference_model(directory: Path) -> torch.nn.Module:
 
     model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     ids = tokenizer(directory).token_to_id
-    raw = json.loads((directory / "tokenizer_config.json").read_text())["added_tokens_decoder"].values()
-    known = {token["content"] for token in raw}
+    as_stored = Tokenizer.from_file(str(directory / "tokenizer.json"))
     table = model.get_input_embeddings().weight.data
     for token, source in (("<gen_emb>", "<|object_ref_end|>"), ("<disc_emb>", "<|object_ref_start|>")):
-        if token not in known:
+        if as_stored.token_to_id(token) is None:
             table[ids(token)] = table[ids(source)]
     return model
 

@@ -1,0 +1,104 @@
+"""`umer1 eval --benchmark mini` end to end on the embedded base and a small benchmark."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inference_cases import cosine, reference_model, reference_states
+
+import umer1
+from umer1.data.media import MediaRoot
+from umer1.data.mini_mmeb import make_mini_mmeb
+from umer1.distributed.parallel import init_distributed
+from umer1.errors import UserError
+from umer1.evaluation.evaluate import _donated_thoughts, _reread, _Share, until_disc
+from umer1.evaluation.mini import main
+from umer1.evaluation.tasks import read_benchmark
+from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
+from umer1.testing import run_distributed
+
+MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_mini_mmeb(tmp_path_factory.mktemp("mini") / "data", num_train_pairs=4, num_eval_queries=6)
+
+
+def run(root, output, *flags: str):
+    main(
+        ["--benchmark", "mini", "--model", str(MINI_BASE), "--data-root", str(root), "--output", str(output)]
+        + ["--num-samples", "3", "--max-new-tokens", "24", *flags]
+    )
+
+
+def without_times(result):
+    """A result less what differs from run to run and from layout to layout."""
+    left_out = ("seconds", "seconds_per_query", "data_parallel_size", "model")
+    if isinstance(result, dict):
+        return {key: without_times(value) for key, value in result.items() if key not in left_out}
+    return pytest.approx(result, abs=2e-6) if isinstance(result, float) else result
+
+
+def test_results_do_not_depend_on_the_number_of_ranks(root, tmp_path, capsys):
+    run(root, tmp_path / "one", "--fp32")
+    shown = capsys.readouterr().out
+    run_distributed(run, 2, root, tmp_path / "two", "--fp32", "--max-sequences", "7")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert without_times(two) == without_times(one)
+    assert (tmp_path / "one" / "results.txt").read_text() == shown
+    assert list(one["tasks"]) == ["mini-img", "mini-doc", "mini-vid", "mini-look"]
+    assert one["tasks"]["mini-doc"]["metric"] == "ndcg@5"
+    assert set(one["mean"]["pass@k"]) == {"1", "2"}
+    assert set(one["mean"]["splits"]["answer"]) == {"seen", "unseen"}
+    assert set(one["mean"]["seconds_per_query"]) == {"disc", "gen"}
+    # the base has never seen the response format
+    assert one["mean"]["responses"]["format_rate"]["value"] == 0.0
+    assert one["mean"]["responses"]["missing_gen_emb"]["value"] == 1.0
+
+
+def test_disc_alone(root, tmp_path):
+    run(root, tmp_path, "--modes", "disc")
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert set(result["mean"]["score"]) == {"disc"} and "responses" not in result["mean"]
+
+
+def test_unusable_benchmarks_are_named(root, tmp_path):
+    with pytest.raises(UserError, match="nowhere.*meta.json: cannot be read"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    folder = tmp_path / "eval"
+    (folder / "mini-img").mkdir(parents=True)
+    meta = json.loads((root / "eval" / "meta.json").read_text())
+    meta["tasks"] = {"mini-img": meta["tasks"]["mini-img"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for name in ("queries", "candidates"):
+        text = (root / "eval" / "mini-img" / f"{name}.jsonl").read_text()
+        (folder / "mini-img" / f"{name}.jsonl").write_text(text.replace('"label": "img-c', '"label": "lost-'))
+    with pytest.raises(UserError, match="no candidate's id"):
+        read_benchmark(folder)
+
+
+def test_other_thoughts_are_read_with_the_own_summary(root):
+    """Against transformers' state at <gen_emb> of the edited text; what cannot be edited keeps its own embedding."""
+    settings = EngineConfig(model=str(MINI_BASE), fp32=True)
+    directory = open_directory(settings)
+    task = read_benchmark(root / "eval").tasks[0]
+    with init_distributed(settings.parallel()) as state:
+        engine = load_engine(settings, directory, make_processor(settings, directory), state)
+        media = MediaRoot(root)
+        prompts = [engine.processor.encode_prompt(q.text, q.images, [], media) for q in task.queries]
+        texts = ["<think> red blue one left,</think><answer> blue six<gen_emb>", "nothing<gen_emb>"]
+        own = np.zeros((2, directory.config.hidden_size), dtype=np.float32)
+        found = _reread(engine, prompts[:2], texts, [" pink", " pink"], own)
+        assert (found[1] == 0).all()
+        edited = engine.processor.encode_response(prompts[0], "<think> pink</think><answer> blue six<gen_emb>")
+        share = _Share(list(range(6)), list("abcdef"), prompts, 0.0)
+        thoughts = [f"<think>{i}</think><answer>x<gen_emb>" for i in range(6)]
+        donated = _donated_thoughts(engine, task, share, thoughts, seed=5)
+    response = edited.input_ids[edited.prompt_length :].tolist()
+    states = reference_states(reference_model(MINI_BASE), prompts[0], response)
+    assert cosine(found[0], states[edited.gen_index]) >= 0.99999
+    assert sorted(donated) == list("012345") and all(text != str(i) for i, text in enumerate(donated))
+    cut = until_disc(prompts[0])
+    assert len(cut) == prompts[0].disc_index + 1 and cut.position_ids.shape == (3, len(cut))
