@@ -85,7 +85,10 @@ class ParallelConfig:
                 if (value := getattr(self, name)) is not None
             ]
         if model_config is not None:
-            found += self._tensor_violations(model_config) + self._pipeline_violations(model_config.num_layers)
+            found += self._tensor_violations(model_config)
+            found += self._pipeline_violations(model_config.num_layers) or self._recompute_violations(
+                model_config.num_layers
+            )
         return found
 
     def _size_violations(self) -> list[str]:
@@ -158,6 +161,24 @@ class ParallelConfig:
                 f"two or more parts; {use}"
             ]
         return []
+
+    def _recompute_violations(self, layers: int) -> list[str]:
+        group = self.recompute_num_layers
+        if self.recompute_granularity != "full" or group is None or self.recompute_method == "block":
+            return []
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        given = [n for n in (first, last) if n is not None]
+        others = self.pipeline_model_parallel_size - len(given)
+        virtual = self.virtual_pipeline_size(layers) or 1
+        sizes = given + ([(layers - sum(given)) // others // virtual] if others else [])
+        if all(size % group == 0 for size in sizes):
+            return []
+        common = math.gcd(*sizes)
+        legal = [str(n) for n in range(1, common + 1) if common % n == 0]
+        return [
+            f"recompute_num_layers={group} must divide the layers of each stage ({', '.join(map(str, sizes))}) with "
+            f"recompute_method=uniform; use {' or '.join(legal)}, or recompute_method=block"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -122,7 +122,7 @@ class SDPAPlan:
         buckets = _buckets(lengths.tolist(), BUCKET_RATIO if causal else 1.0)
         self.shapes = [(len(rows), width) for rows, width in buckets]
         self.index = self.inverse = None
-        total = int(lengths.sum())
+        self.tokens = total = int(lengths.sum())
         if len(buckets) == 1 and total == self.shapes[0][0] * self.shapes[0][1]:
             return
         index, inverse, base = [], torch.empty(total, dtype=torch.long), 0
@@ -139,6 +139,8 @@ class SDPAPlan:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """[T, heads, d], [T, KV heads, d] twice -> [T, heads * d]."""
+        if query.shape[0] != self.tokens:
+            raise ValueError(f"cu_seqlens bounds {self.tokens} tokens, but there are {query.shape[0]}")
         if self.index is not None:
             query, key, value = (_Pad.apply(x, self.index, self.inverse) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]

@@ -72,8 +72,13 @@ def vision_config(config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch.
         activation_func=ACTIVATIONS[vision.hidden_act],
         add_bias_linear=True,
         add_qkv_bias=True,
-        **_common(parallel, dtype),
+        **_common(parallel, dtype) | _one_by_one(parallel),
     )
+
+
+def _one_by_one(parallel: ParallelConfig) -> dict[str, Any]:
+    """Full recomputation for the ViT: layer by layer, for the decoder's grouping need not fit its depth."""
+    return dict(recompute_method="uniform", recompute_num_layers=1) if parallel.recompute_granularity == "full" else {}
 
 
 def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:

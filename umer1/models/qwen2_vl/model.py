@@ -24,6 +24,9 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.megatron_config import decoder_config, vision_config
 from umer1.models.qwen2_vl.vision import VisionTower
 
+# In slots that only fill up the sequence-parallel ranks; megatron's tensor-parallel embedding gives zeros for it.
+NO_TOKEN = -1
+
 
 class Qwen2VL(LanguageModule):
     """One pipeline stage.  T: packed token slots, S: sequences, H: hidden size, R: rows."""
@@ -137,7 +140,7 @@ class Qwen2VL(LanguageModule):
                 vision_features = self.vision_forward(pixel_values, grid_thw)
             # A response may hold vision tokens that the model sampled: they are no spans and take no features.
             decoding = cache is not None and cache.longest > 0
-            hidden = self._embed(pad(input_ids, (0, filling)), vision_features, spans=not decoding)
+            hidden = self._embed(pad(input_ids, (0, filling), value=NO_TOKEN), vision_features, spans=not decoding)
         hidden = self.decoder(hidden, None, packed_seq_params=packed)
         if cache is not None:
             cache.advance(cu_seqlens, max_seqlen)
