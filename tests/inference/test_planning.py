@@ -22,10 +22,10 @@ def root(tmp_path):
 def test_patches_are_those_of_the_patchifier(root):
     media, patchifier = MediaRoot(root), Patchifier(CONFIG)
     for images in (("0.png",), ("1.png", "2.png")):
-        want = sum(patchifier.image(media.open_image(path))[0].shape[0] for path in images)
+        want = sum(len(patchifier.image(media.open_image(path)).pixels) for path in images)
         assert input_cost(Input("a", "text", images, (), 1), "disc", media, patchifier).patches == want
     frames = ("2.png",) * 5
-    want = patchifier.video([media.open_image(path) for path in frames])[0].shape[0]
+    want = len(patchifier.video([media.open_image(path) for path in frames], len(frames)).pixels)
     assert input_cost(Input("a", "", (), frames, 1), "gen", media, patchifier).patches == want
 
 

@@ -110,8 +110,7 @@ class MediaRoot:
                         "too_many_pixels",
                         f"{relative!r} is {width} x {height}, more than {self.max_source_pixels} pixels",
                     )
-                image.load()
-                return to_rgb(image)
+                return read(image)
         except BadSample:
             raise
         except UnidentifiedImageError:

@@ -61,6 +61,8 @@ class EngineConfig:
     """Fewest pixels of a video frame after resizing."""
     video_max_pixels: int | None = None
     """Most pixels of a video frame after resizing."""
+    blank_image_for_text: bool = False
+    """Give every input without media a 28 x 28 white image, as upstream does (to reproduce its numbers)."""
 
     def violations(self) -> list[str]:
         found = [] if self.model else ["--model is required"]
@@ -111,7 +113,12 @@ def make_processor(config: EngineConfig, directory: HFDirectory) -> Processor:
         video_max_pixels=config.video_max_pixels,
     )
     return Processor(
-        directory.tokenizer, directory.special, directory.config, image_config, max_length=config.max_input_tokens
+        directory.tokenizer,
+        directory.special,
+        directory.config,
+        image_config,
+        max_length=config.max_input_tokens,
+        blank_image_for_text=config.blank_image_for_text,
     )
 
 

@@ -41,7 +41,7 @@ def input_cost(item: Input, mode: str, media: MediaRoot | None, patchifier: Patc
         patches += (height // config.patch_size) * (width // config.patch_size)
     if item.video:
         sizes = [media.image_size(path) for path in item.video]
-        height, width = patchifier.frame_size(*sizes[0])
+        height, width = patchifier.frame_size(*sizes[0], len(sizes))
         steps = -(-len(sizes) // config.temporal_patch_size)
         patches += steps * (height // config.patch_size) * (width // config.patch_size)
     text = len(item.text.encode("utf-8", "surrogatepass")) // _BYTES_PER_TOKEN

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from umer1.data.bad_samples import BadSample
+from umer1.data.images import Patchifier
 from umer1.data.media import MediaRoot
 from umer1.data.processor import Processor
 from umer1.data.prompts import has_format
@@ -38,7 +39,7 @@ def inspect_together(
     inputs: list[Input], mode: str, media: MediaRoot | None, processor: Processor, state: ParallelState
 ) -> tuple[list[Cost | None], list[BadInput]]:
     """`planning.inspect` with the headers shared out over all ranks; every rank gets the whole result."""
-    mine = inspect(inputs[state.rank :: state.world_size], mode, media, processor.patchifier)
+    mine = inspect(inputs[state.rank :: state.world_size], mode, media, Patchifier(processor.image_config))
     parts = share_with_all(mine, state)
     costs: list[Cost | None] = [None] * len(inputs)
     for rank, (part, _) in enumerate(parts):

@@ -1,0 +1,118 @@
+"""`umer1 encode --mode gen` from the command line, and what it says to wrong settings."""
+
+import json
+
+import numpy as np
+import pytest
+from inference_cases import INPUTS, cosine, prompts, reference_model, reference_states, tokenizer, write_inputs
+from tiny_qwen2_vl import make_tiny_directory
+
+from umer1.errors import ConfigError, UserError
+from umer1.inference.encode import main
+from umer1.inference.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """(model directory, input file)."""
+    folder = tmp_path_factory.mktemp("command")
+    directory = make_tiny_directory(folder / "model")
+    (folder / "media").mkdir()
+    return directory, write_inputs(folder / "media")
+
+
+def encode(case, output, *flags: str):
+    directory, path = case
+    main(
+        ["--model", str(directory), "--input", str(path), "--data-root", str(path.parent), "--output", str(output)]
+        + ["--fp32", "--max-new-tokens", "6", *flags]
+    )
+
+
+def test_gen_mode_writes_embeddings_and_responses(case, tmp_path, capsys):
+    encode(case, tmp_path / "out.npz", "--mode", "gen")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        ids, embeddings = arrays["ids"].tolist(), arrays["embeddings"]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert ids == [line["id"] for line in lines] == [item["id"] for item in INPUTS]
+    directory, path = case
+    model, decode = reference_model(directory), tokenizer(directory).decode
+    gen_emb = tokenizer(directory).token_to_id("<gen_emb>")
+    wanted = prompts(directory, path.parent)
+    for line, row in zip(lines, embeddings, strict=True):
+        prompt, tokens = wanted[line["id"]], line["token_ids"]
+        assert line["response"] == decode(tokens, skip_special_tokens=False)
+        assert tokens[-1] == gen_emb and not line["well_formed"]
+        assert line["num_tokens"] == len(tokens) - line["missing_gen_emb"] <= 6
+        state = reference_states(model, prompt, tokens)[len(prompt) + len(tokens) - 1]
+        assert cosine(row, state) >= 0.99999, line["id"]
+    missing = sum(line["missing_gen_emb"] for line in lines)
+    assert f"{missing} of them without <gen_emb>" in capsys.readouterr().err
+
+
+def test_missing_gen_emb_can_fall_back_or_stop(case, tmp_path):
+    encode(case, tmp_path / "disc.npz")
+    encode(case, tmp_path / "gen.npz", "--mode", "gen", "--missing-gen-emb", "disc")
+    disc, gen = (np.load(tmp_path / name)["embeddings"] for name in ("disc.npz", "gen.npz"))
+    lines = [json.loads(line) for line in (tmp_path / "gen.jsonl").read_text().splitlines()]
+    missing = [line["missing_gen_emb"] for line in lines]
+    assert any(missing)
+    assert np.abs(gen[missing] - disc[missing]).max() < 1e-5
+    with pytest.raises(UserError, match="missing_gen_emb: the response has no <gen_emb>"):
+        encode(case, tmp_path / "error.npz", "--mode", "gen", "--missing-gen-emb", "error")
+    assert not (tmp_path / "error.npz").exists()
+
+
+def test_half_precision_stays_close(case, tmp_path):
+    directory, path = case
+    for name, flag in (("wide", "--fp32"), ("half", "--bf16")):
+        main(
+            ["--model", str(directory), "--input", str(path), "--data-root", str(path.parent)]
+            + ["--output", str(tmp_path / f"{name}.npz"), flag]
+        )
+    wide, half = (np.load(tmp_path / f"{name}.npz")["embeddings"] for name in ("wide", "half"))
+    assert half.dtype == np.float32
+    assert (wide * half).sum(axis=1).min() > 0.995
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "both"], "mode='both' is not legal"),
+        (["--max-new-tokenz", "3"], "did you mean --max-new-tokens"),
+        (["--temperature", "-1"], "temperature=-1.0 must be 0"),
+        (["--tensor-model-parallel-size", "3"], "must divide the number of processes, 1"),
+        (["--bf16"], "fp32 and bf16 are both set"),
+        (["--num-workers", "0", "--top-p", "0"], "2 problems(.|\n)*num_workers=0(.|\n)*top_p"),
+    ],
+)
+def test_wrong_settings_end_in_one_message(case, tmp_path, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        encode(case, tmp_path / "out.npz", *flags)
+
+
+def test_wrong_paths(case, tmp_path):
+    directory, path = case
+    with pytest.raises(ConfigError, match=r"must end in \.npz"):
+        encode(case, tmp_path / "out.txt")
+    with pytest.raises(ConfigError, match="over the input"):
+        encode(case, path.with_suffix(".npz"), "--mode", "gen")
+    with pytest.raises(ConfigError, match="--model is required(.|\n)*--output is required|--output(.|\n)*--model"):
+        main(["--input", str(path)])
+    with pytest.raises(UserError, match="not a directory"):
+        encode((tmp_path / "nowhere", path), tmp_path / "out.npz")
+    with pytest.raises(UserError, match="--data-root"):
+        main(["--model", str(directory), "--input", str(path), "--output", str(tmp_path / "out.npz")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_tells_rate_and_time_left(capsys):
+    clock = iter([0.0, 2.0, 8.0, 9.0, 60.0]).__next__
+    progress = Progress("job", 100, now=clock)
+    for count in (10, 30, 30):
+        progress.add(count)
+    progress.finish()
+    assert capsys.readouterr().err.splitlines() == [
+        "job: 40/100 inputs, 5.0/s, ETA 0:00:12",
+        "job: 70 inputs in 60.0 s",
+    ]
