@@ -1,8 +1,16 @@
 """umer1: training models that reason before they embed (UME-R1 on Qwen2-VL, built on megatron-core)."""
 
+import os
 import warnings
 
 __version__ = "0.1.0"
 
-# Transformer Engine, Apex and a GPU are optional here, and megatron-core warns about each at every import.
+# Transformer Engine, Apex and a GPU are optional here, and megatron-core warns about each at every import; it also calls
+# collectives by names that torch is about to change.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
+
+# Megatron-core wraps small functions in torch.compile when it is imported.  Without a GPU that gains nothing and costs
+# seconds at every start and at the first step; the switch has to be set before torch is first imported.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -50,11 +50,21 @@ class ModelConfig:
 
 
 def build_training_model(
-    model: ModelConfig, parallel: ParallelConfig, loss: LossConfig, directory: HFDirectory, state: ParallelState
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    loss: LossConfig,
+    directory: HFDirectory,
+    state: ParallelState,
+    *,
+    weights_follow: bool = False,
 ) -> list[torch.nn.Module]:
-    """This rank's chunks (one a virtual stage), weights loaded, parts frozen, wrapped in megatron's DDP."""
+    """This rank's chunks (one a virtual stage), weights loaded, parts frozen, wrapped in megatron's DDP.
+
+    weights_follow: the directory holds none, a checkpoint brings them.
+    """
     chunks = build_model(directory.config, parallel, state, params_dtype=model.params_dtype)
-    load_hf(chunks, directory, state)
+    if not weights_follow:
+        load_hf(chunks, directory, state)
     for chunk in chunks:
         chunk.set_trainable(model.train_vision)
     if loss.learnable_temperature and chunks[-1].post_process:

@@ -35,7 +35,10 @@ class SFTTrainer:
     def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
         self.config, self.directory, self.state = config, directory, state
         self.batches = BatchSource(config, directory, state)
-        self.models = build_training_model(config.model, config.parallel, config.loss, directory, state)
+        weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
+        self.models = build_training_model(
+            config.model, config.parallel, config.loss, directory, state, weights_follow=weights_follow
+        )
         self.optimizer, self.scheduler = build_optimizer(
             config.optimizer, self.models, use_distributed_optimizer=config.parallel.use_distributed_optimizer
         )
