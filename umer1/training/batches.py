@@ -49,9 +49,12 @@ def build_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState
         blank_image_for_text=data.blank_image_for_text,
     )
     dataset = PairDataset(data.data_path, data.data_root, processor, max_source_pixels=data.max_source_pixels)
-    sampler = BlockSampler(
-        dataset.name_ids, dataset.names, data.global_batch_size, data.data_block_size, config.run.seed
-    )
+    try:
+        sampler = BlockSampler(
+            dataset.name_ids, dataset.names, data.global_batch_size, data.data_block_size, config.run.seed
+        )
+    except UserError as error:
+        raise UserError(f"{data.data_path}: {error}") from None
     interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
     save = config.checkpoint.save
     return Loader(

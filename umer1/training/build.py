@@ -79,8 +79,8 @@ def build_training_model(
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
-        chunk.config.calculate_per_token_loss = True  # gradients are summed over DP; see forward_step.py
-        chunk.config.finalize_model_grads_func = finalize_without_division
+        # Megatron divides by the token count that the losses return: 0, so by nothing.  See forward_step.py.
+        chunk.config.finalize_model_grads_func = finalize_model_grads
         ddp = DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         ddp.broadcast_params()
         wrapped.append(ddp)
@@ -88,8 +88,3 @@ def build_training_model(
         config = chunks[0].config
         config.no_sync_func = [ddp.no_sync for ddp in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
-
-
-def finalize_without_division(models: list[torch.nn.Module], num_tokens=None, **kwargs) -> None:
-    """Megatron's gradient reductions; the losses are divided already, so its token count is dropped."""
-    finalize_model_grads(models, None, **kwargs)

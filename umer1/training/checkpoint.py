@@ -4,7 +4,6 @@ A checkpoint is put together in a hidden directory, made durable, renamed, and o
 decides which one is loaded and tells the others; damaged ones are passed over with a message.
 """
 
-import dataclasses
 import re
 import shutil
 import sys
@@ -15,17 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from umer1.checkpoints import layout as directories
+from umer1.checkpoints.search import find_checkpoint, read_json
+from umer1.checkpoints.sharded_state import read_sharded, write_sharded
+from umer1.checkpoints.source import ASSETS, describe_model, model_differences
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.files import write_json
 from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
 from umer1.models.qwen2_vl.weights import agree, unwrap
-from umer1.training import checkpoint_directory as directories
-from umer1.training.checkpoint_search import find_checkpoint, read_json
 from umer1.training.rng import rng_state, set_rng_state
-from umer1.training.sharded_state import read_sharded, write_sharded
-
-ASSETS = "hf"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,10 +137,7 @@ class Checkpointer:
 
     def _check_fit(self, path: Path, manifest: dict[str, Any], models: list[torch.nn.Module], optimizer: Any) -> None:
         """Differences that would end in a wrong load, as one UserError."""
-        problems = []
-        for name, ours in _describe_model(models[0]).items():
-            if manifest["model"].get(name) != ours:
-                problems.append(f"{name} is {manifest['model'].get(name)} there and {ours} here")
+        problems = model_differences(manifest, models)
         if optimizer is not None:
             theirs, ours = set(manifest["trained"]), set(_trained(models, self.state))
             if theirs != ours:
@@ -182,7 +177,7 @@ def save_checkpoint(
             "distributed_optimizer": _is_distributed(optimizer),
             "dtype": str(next(unwrap(models[0]).parameters()).dtype).removeprefix("torch."),
             "layout": _layout(state),
-            "model": _describe_model(models[0]),
+            "model": describe_model(models),
             "trained": _trained(models, state),
         }
         gathered = [None] * state.world_size if state.rank == 0 else None
@@ -228,14 +223,6 @@ def _publish(aside, destination, content, gathered, assets, extra) -> str | None
 
 def _layout(state: ParallelState) -> dict[str, int]:
     return {"world_size": state.world_size, "tp": state.tp_size, "pp": state.pp_size, "dp": state.dp_size}
-
-
-def _describe_model(model: torch.nn.Module) -> dict[str, Any]:
-    """The architecture, as JSON gives it back."""
-    described = dataclasses.asdict(unwrap(model).model_config)
-    vision = described.pop("vision")
-    described |= {f"vision.{name}": value for name, value in vision.items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in described.items()}
 
 
 def _trained(models: list[torch.nn.Module], state: ParallelState) -> list[str]:
