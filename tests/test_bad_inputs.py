@@ -235,4 +235,4 @@ def test_bad_records_are_counted_listed_and_replaced(good, tmp_path):
     assert "samples were bad" in done.stdout
     shutil.rmtree(save)
     stopped = program(flags(good, *more, "--max-bad-sample-fraction", "0.01", data=data))
-    assert_one_message(stopped, "max-bad-sample-fraction", "bad_samples.jsonl", "missing_file")
+    assert_one_message(stopped, "max-bad-sample-fraction", "bad_samples.jsonl", "path_escape 4")

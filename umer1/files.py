@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from umer1.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: str | Path):
@@ -30,6 +32,14 @@ def fsync_directory(path: str | Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_folder(path: str | Path) -> None:
+    """Make sure that a folder for results exists before the work for them starts; UserError when it cannot."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made a directory: {error.strerror}; choose another place") from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -211,5 +211,5 @@ def test_the_teacher_errs_as_often_as_it_says():
     assert share(4, terse, teacher) == pytest.approx(0.4, abs=tolerance)
     assert share(4, short, teacher) == pytest.approx(0.6 * 0.3, abs=tolerance)
     assert share(2, wrong, Teacher(slip_rate=0.2)) == pytest.approx(0.2, abs=tolerance)
-    assert share(1, terse, teacher) == share(2, short, teacher) == share(0, wrong, teacher) == 0
+    assert share(1, terse, teacher) == share(3, short, teacher) == share(0, wrong, teacher) == 0
     assert share(4, wrong, Teacher(terse_rate=1.0)) == 0, "a terse trace states the right answer"

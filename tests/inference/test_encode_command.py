@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 from inference_cases import INPUTS, cosine, prompts, reference_model, reference_states, tokenizer, write_inputs
+from safetensors.torch import load_file, save_file
 from tiny_qwen2_vl import make_tiny_directory
 
+from umer1.conversion import main as convert
 from umer1.errors import ConfigError, UserError
 from umer1.inference.encode import main
 from umer1.inference.progress import Progress
@@ -75,6 +77,16 @@ def test_half_precision_stays_close(case, tmp_path):
     assert (wide * half).sum(axis=1).min() > 0.995
 
 
+def test_a_checkpoint_encodes_like_the_directory_it_came_from(case, tmp_path):
+    directory, path = case
+    convert(["--from-hf", str(directory), "--to-checkpoint", str(tmp_path / "save")])
+    encode(case, tmp_path / "hf.npz")
+    for name, model in (("save", tmp_path / "save"), ("one", tmp_path / "save" / "iter_0000000")):
+        encode((model, path), tmp_path / f"{name}.npz")
+        got, want = (np.load(tmp_path / f"{file}.npz")["embeddings"] for file in (name, "hf"))
+        assert (got == want).all()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -99,11 +111,29 @@ def test_wrong_paths(case, tmp_path):
         encode(case, path.with_suffix(".npz"), "--mode", "gen")
     with pytest.raises(ConfigError, match="--model is required(.|\n)*--output is required|--output(.|\n)*--model"):
         main(["--input", str(path)])
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ConfigError, match="is a directory; name a file"):
+        encode(case, tmp_path / "folder.npz")
+    (tmp_path / "folder.npz").rmdir()
+    with pytest.raises(UserError, match="cannot be made a directory"):
+        encode(case, path / "out.npz")
     with pytest.raises(UserError, match="not a directory"):
         encode((tmp_path / "nowhere", path), tmp_path / "out.npz")
     with pytest.raises(UserError, match="--data-root"):
         main(["--model", str(directory), "--input", str(path), "--output", str(tmp_path / "out.npz")])
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_are_noticed(tmp_path, case):
+    directory = make_tiny_directory(tmp_path / "model", layers=1)
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("input_layernorm.weight"))
+    tensors[name].fill_(float("nan"))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not finite for 6 of 6 inputs \(text, image"):
+        encode((directory, case[1]), tmp_path / "out.npz")
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_progress_tells_rate_and_time_left(capsys):

@@ -66,8 +66,9 @@ class MiniSettings:
     "Most arrows that a question follows; uniform from 0."
     slip_rate: float = 0.05
     "Share of teacher traces of one hop or more that take a wrong turn."
-    miscount_rate: float = 0.5
-    "Share of teacher traces of three hops or more that lose count and stop one hop early."
+    miscount_rate: float = 0.6
+    """Share of teacher traces of four hops or more that lose count and stop one hop early.  Above one half imitation
+    learns the error, and only a reward that sees the right target can unlearn it."""
     terse_rate: float = 0.2
     "Share of teacher traces of two hops or more that state the answer without its steps."
     noise: float = 0.06

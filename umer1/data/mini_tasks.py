@@ -34,6 +34,8 @@ SHOWS = " shows"
 GUESS = " guess"
 LEFT = " left,"
 
+MISCOUNT_FROM = 4  # hops; shorter chains are counted right
+
 _CELLS = {"img": 9, "doc": 8, "vid": 8}
 _COLUMNS = {"img": 3, "doc": 2, "vid": 2}
 _CELLS_PER_FRAME = {"img": 9, "doc": 8, "vid": 4}
@@ -92,7 +94,7 @@ class Question:
 class Teacher:
     """How the rule-based teacher errs, as shares of the traces in which it could.
 
-    slip: one hop or more, takes one wrong turn.  miscount: three hops or more, loses count and stops one hop early.
+    slip: one hop or more, takes one wrong turn.  miscount: four hops or more, loses count and stops one hop early.
     terse: two hops or more, states the right answer and no steps.
     """
 
@@ -152,7 +154,7 @@ def sample_question(
     slips, miscounts, is_terse = rng.random(3) < (teacher.slip_rate, teacher.miscount_rate, teacher.terse_rate)
     terse = wanted >= 2 and is_terse
     written = chain
-    if not terse and wanted >= 3 and miscounts:
+    if not terse and wanted >= MISCOUNT_FROM and miscounts:
         written = written[:-1]
     if not terse and wanted >= 1 and slips:
         written = _slip(rng, board, written)

@@ -28,6 +28,7 @@ from umer1.evaluation.evaluate import GenSettings, run_task
 from umer1.evaluation.modes import mean_over_tasks, score_task
 from umer1.evaluation.report import evaluation_report, write_evaluation
 from umer1.evaluation.tasks import Benchmark, read_benchmark
+from umer1.files import make_folder
 from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.progress import Progress
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
         print(help_text(EvalCommand, __doc__))
         return
     command = load_config(EvalCommand, argv)
+    make_folder(command.eval.output)
     directory = open_directory(command.engine)
     processor = make_processor(command.engine, directory)
     with init_distributed(command.engine.parallel(), seed=command.eval.seed) as state:
@@ -133,7 +135,10 @@ def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict |
     for task in benchmark.tasks:
         outputs = run_task(engine, task, media, gen)
         if outputs is not None:
-            sections[task.name] = score_task(outputs)
+            try:
+                sections[task.name] = score_task(outputs)
+            except ValueError as error:
+                raise UserError(f"{task.name} cannot be scored: {error}; the model's weights may be damaged") from None
         progress.add(len(task.queries))
     progress.finish()
     if state.rank != 0:

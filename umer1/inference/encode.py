@@ -22,7 +22,7 @@ from umer1.configuration import help_text, load_config
 from umer1.data.media import MediaRoot
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import UserError
-from umer1.files import atomic_path, write_text
+from umer1.files import atomic_path, make_folder, write_text
 from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import bad_inputs_message, read_inputs
@@ -51,6 +51,8 @@ class EncodeConfig:
         found = [f"--{name} is required" for name in ("input", "output") if not getattr(self, name)]
         if self.output and not self.output.endswith(".npz"):
             found.append(f"output={self.output!r} must end in .npz")
+        elif self.output and Path(self.output).is_dir():
+            found.append(f"output={self.output!r} is a directory; name a file")
         if self.num_workers < 1:
             found.append(f"num_workers={self.num_workers} must be 1 or above")
         if self.input and self.output:
@@ -89,6 +91,7 @@ def main(argv: list[str]) -> None:
         return
     command = load_config(EncodeCommand, argv)
     config = command.encode
+    make_folder(Path(config.output).parent)
     inputs, bad = read_inputs(config.input)
     total = len(inputs) + len(bad)
     media = None if config.data_root is None else MediaRoot(config.data_root)
@@ -121,7 +124,10 @@ def main(argv: list[str]) -> None:
         if bad and not config.skip_bad_inputs:
             raise UserError(bad_inputs_message(config.input, bad, total))
         if state.rank == 0:
-            write_results(config, encoded, bad, total)
+            try:
+                write_results(config, encoded, bad, total)
+            except OSError as error:
+                raise UserError(f"{config.output} cannot be written: {error}") from None
         state.barrier()
 
 
@@ -130,6 +136,12 @@ def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInp
     if not encoded:
         raise UserError(f"{config.input}: none of the {total} inputs could be embedded; see {bad_path(config.output)}")
     encoded = sorted(encoded, key=lambda item: item.position)
+    broken = [item.id for item in encoded if not abs(np.linalg.norm(item.embedding) - 1.0) < 1e-3]
+    if broken:
+        raise UserError(
+            f"the model's states are not finite for {len(broken)} of {len(encoded)} inputs ({', '.join(broken[:5])}, ...): "
+            "its weights are damaged, or bf16 is too narrow for it (try --fp32); nothing was written"
+        )
     if bad:
         _write_lines(bad_path(config.output), (asdict(entry) for entry in sorted(bad, key=lambda entry: entry.line)))
     if config.mode == "gen":

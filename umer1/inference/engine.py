@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from umer1 import device as devices
+from umer1.checkpoints.source import load_model_weights, open_model
 from umer1.data.images import ImageConfig
 from umer1.data.processor import Processor
 from umer1.data.schema import Sequence
@@ -22,7 +23,6 @@ from umer1.models.attention import KVCache
 from umer1.models.embedding import read_embedding
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import Qwen2VL, build_model
-from umer1.models.qwen2_vl.weights import load_hf
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,7 +94,7 @@ class EngineConfig:
 
 def open_directory(config: EngineConfig) -> HFDirectory:
     """Configuration and tokenizer of the model; ConfigError when the layout does not fit it."""
-    directory = HFDirectory.open(config.model)
+    directory = open_model(config.model)
     problems = config.parallel().violations(directory.config, launched_world_size())
     if problems:
         raise ConfigError(problems)
@@ -125,7 +125,7 @@ def make_processor(config: EngineConfig, directory: HFDirectory) -> Processor:
 def load_engine(config: EngineConfig, directory: HFDirectory, processor: Processor, state: ParallelState) -> "Engine":
     """Build this rank's part of the model and fill it."""
     (model,) = build_model(directory.config, config.parallel(), state, params_dtype=config.dtype)
-    load_hf([model], directory, state)
+    load_model_weights([model], config.model, directory, state)
     return Engine(model.eval().requires_grad_(False), directory, processor, state, config)
 
 

@@ -1,5 +1,6 @@
 """The writing side of an export: a Hugging Face directory that appears whole or not at all."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def _save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, str(path), metadata={"format": "pt"})
     except Exception as error:  # safetensors wraps I/O errors in a type of its own
         raise OSError(f"{path.name}: {error}") from error
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors makes its files readable to their owner alone
 
 
 def _plan_shards(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> dict[str, str]:
