@@ -139,7 +139,7 @@ def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInp
     broken = [item.id for item in encoded if not abs(np.linalg.norm(item.embedding) - 1.0) < 1e-3]
     if broken:
         raise UserError(
-            f"the model's states are not finite for {len(broken)} of {len(encoded)} inputs ({', '.join(broken[:5])}, ...): "
+            f"the states are not finite for {len(broken)} of {len(encoded)} inputs ({', '.join(broken[:5])}, ...): "
             "its weights are damaged, or bf16 is too narrow for it (try --fp32); nothing was written"
         )
     if bad:
