@@ -4,14 +4,17 @@ The sharded part holds tensors only: objects would be pickled, and nothing that 
 """
 
 import gc
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -29,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from umer1.distributed.optimizer_checkpoint import mend
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
-from umer1.models.qwen2_vl.weights import unwrap
+from umer1.models.qwen2_vl.weights import agree, unwrap
 
 # Optimizer state as tensors of the parameters' shapes, so that it loads at any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -73,11 +76,33 @@ def write_sharded(directory: Path, models: list[torch.nn.Module], optimizer: Any
     strategy = _InProcessSave()
     if parallel.dp_size > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel.groups.dp)
+    # The steps of dist_checkpointing.save, whose first and last would leave the other ranks waiting if rank 0 failed.
+    sharded, common = save_preprocess(_sharded_state(models, optimizer, is_loading=False))
+    _on_rank_0(
+        parallel, directory, lambda: torch.save(common | {"content_metadata": _METADATA}, directory / "common.pt")
+    )
     try:
-        state = _sharded_state(models, optimizer, is_loading=False)
-        dist_checkpointing.save(state, str(directory), strategy, content_metadata=dict(_METADATA))
+        strategy.save(sharded, directory)
     except (CheckpointException, CheckpointingException, OSError) as error:
-        raise UserError(f"{directory}: the checkpoint could not be written: {_cause(error)}") from error
+        raise UserError(_not_written(directory, error)) from error
+    kind = CheckpointingConfig(strategy.backend, strategy.version)
+    _on_rank_0(parallel, directory, lambda: save_config(kind, str(directory)))
+
+
+def _on_rank_0(parallel: ParallelState, directory: Path, write: Callable[[], None]) -> None:
+    """Let rank 0 write a file; its failure is a UserError on every rank."""
+    problem = None
+    if parallel.rank == 0:
+        try:
+            write()
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            problem = _not_written(directory, error)
+    agree(problem, parallel)
+
+
+def _not_written(directory: Path, error: BaseException) -> str:
+    free = shutil.disk_usage(directory.parent).free / 2**30
+    return f"the checkpoint could not be written under {directory.parent} ({free:.1f} GiB free): {_cause(error)}"
 
 
 def read_sharded(directory: Path, models: list[torch.nn.Module], optimizer: Any, parallel: ParallelState) -> None:

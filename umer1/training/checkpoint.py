@@ -39,7 +39,7 @@ class CheckpointConfig:
     keep_latest_checkpoints: int = 3
     """How many checkpoints stay in --save; older ones are removed after a newer one is complete.  0 keeps all."""
     ckpt_step: int | None = None
-    """Iteration to go on from; default: the newest valid one."""
+    """Iteration of --load to go on from; default: the newest valid one.  --save is always continued from its newest."""
     finetune: bool = False
     """Take only the weights from --load: iteration, optimizer, schedule, data order and generators start anew."""
 
@@ -51,14 +51,19 @@ class CheckpointConfig:
             problems.append(f"keep_latest_checkpoints={self.keep_latest_checkpoints} must be 0 (keep all) or above")
         if self.ckpt_step is not None and self.ckpt_step < 0:
             problems.append(f"ckpt_step={self.ckpt_step} must be 0 or above")
-        if self.ckpt_step is not None and not (self.save or self.load):
-            problems.append("ckpt_step needs --save or --load, which name the directory of the checkpoint")
+        if self.ckpt_step is not None and not self._loads_from_elsewhere:
+            # An earlier iteration beside later ones would be passed over by the next resume.
+            problems.append("ckpt_step needs --load, and a --save that is another directory")
         if self.finetune and not self.load:
             problems.append("finetune needs --load, the directory whose weights are taken")
-        if self.load and not Path(self.load).is_dir():
-            if not self.save or Path(self.load).absolute() != Path(self.save).absolute():
-                problems.append(f"load={self.load} is not a directory")
+        if self._loads_from_elsewhere and not Path(self.load).is_dir():
+            problems.append(f"load={self.load} is not a directory")
         return problems
+
+    @property
+    def _loads_from_elsewhere(self) -> bool:
+        same = self.load and self.save and Path(self.load).absolute() == Path(self.save).absolute()
+        return bool(self.load) and not same
 
 
 class Checkpointer:
@@ -125,15 +130,18 @@ class Checkpointer:
 
     def _choose(self) -> tuple[Path | None, bool]:
         """(checkpoint to go on from, whether it is of --save); the same on all ranks."""
-        for place, own in ((self.config.save, True), (self.config.load, False)):
-            # --load and --save may be one directory, and --finetune must still go on from its own checkpoints
-            if place and (path := find_checkpoint(Path(place), self.state, self.config.ckpt_step)):
-                return path, own
-        if self.config.ckpt_step is not None:
-            raise UserError(f"there is no checkpoint of ckpt_step={self.config.ckpt_step} in --save or --load")
-        if self.config.load and self.config.load != self.config.save:
-            raise UserError(f"load={self.config.load} holds no checkpoint (no iter_* directory)")
-        return None, True
+        config = self.config
+        if config.save and (path := find_checkpoint(Path(config.save), self.state)):
+            return path, True
+        if not config._loads_from_elsewhere:
+            return None, True
+        path = find_checkpoint(Path(config.load), self.state, config.ckpt_step)
+        if path is None:
+            which = "no checkpoint (no iter_* directory)"
+            if config.ckpt_step is not None:
+                which = f"no checkpoint of ckpt_step={config.ckpt_step}"
+            raise UserError(f"load={config.load} holds {which}")
+        return path, False
 
     def _check_fit(self, path: Path, manifest: dict[str, Any], models: list[torch.nn.Module], optimizer: Any) -> None:
         """Differences that would end in a wrong load, as one UserError."""
@@ -170,7 +178,7 @@ def save_checkpoint(
     destination = directories.iteration_path(save, iteration)
     try:
         write_sharded(aside, models, optimizer, state)
-        mine = {path.name: directories.crc32(path) for path in aside.glob(f"__{state.rank}_*.distcp")}
+        mine = _checksums(aside, state.rank)
         content = {
             "iteration": iteration,
             "optimizer": optimizer is not None,
@@ -210,6 +218,8 @@ def _open_aside(save: Path, iteration: int, state: ParallelState) -> Path:
 def _publish(aside, destination, content, gathered, assets, extra) -> str | None:
     """Rank 0: the small files, the manifest, the rename, the tracker; returns what went wrong, if anything."""
     try:
+        if failed := [mine for mine, _ in gathered if isinstance(mine, str)]:
+            raise OSError(failed[0])
         write_json(aside / "extra.json", extra or {})
         write_json(aside / "rng.json", [rng for _, rng in gathered])
         save_assets(assets, aside / ASSETS, dtype=content["dtype"])
@@ -219,6 +229,14 @@ def _publish(aside, destination, content, gathered, assets, extra) -> str | None
     except OSError as error:
         return f"the checkpoint {destination} could not be written: {error}"
     return None
+
+
+def _checksums(aside: Path, rank: int) -> dict[str, int] | str:
+    """CRC-32 of the shards that this rank wrote; a failure as text, so that rank 0 hears of it."""
+    try:
+        return {path.name: directories.crc32(path) for path in aside.glob(f"__{rank}_*.distcp")}
+    except OSError as error:
+        return str(error)
 
 
 def _layout(state: ParallelState) -> dict[str, int]:

@@ -1,0 +1,196 @@
+"""Checkpointer: what is kept, what is gone on from, what is refused, and what happens when the disk is full."""
+
+import random
+import resource
+
+import numpy as np
+import pytest
+import torch
+from tiny_qwen2_vl import make_tiny_directory
+
+from umer1.checkpoints import layout
+from umer1.distributed.parallel import ParallelConfig, init_distributed
+from umer1.errors import UserError
+from umer1.losses.contrastive import LossConfig
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.testing import run_distributed
+from umer1.training.build import ModelConfig, build_training_model
+from umer1.training.checkpoint import CheckpointConfig, Checkpointer
+from umer1.training.optimizer import OptimizerConfig, build_optimizer
+
+
+class Run:
+    """A model, its optimizer and a Checkpointer on this rank."""
+
+    def __init__(self, path, state, *, parallel=None, train_vision=False, lr=0.01, **config):
+        parallel = parallel or ParallelConfig()
+        directory = HFDirectory.open(path)
+        settings = ModelConfig(fp32=True, train_vision=train_vision)
+        self.models = build_training_model(settings, parallel, LossConfig(), directory, state)
+        self.optimizer, self.scheduler = build_optimizer(
+            OptimizerConfig(lr=lr, lr_warmup_iters=0, lr_decay_style="constant"),
+            self.models,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+        )
+        self.checkpointer = Checkpointer(CheckpointConfig(**config), state, directory)
+
+    def fill(self, value):
+        with torch.no_grad():
+            for parameter in self.models[0].parameters():
+                parameter.fill_(value)
+
+    def save(self, iteration):
+        self.checkpointer.save(iteration, self.models, self.optimizer, self.scheduler, {"iteration": iteration})
+
+    def load(self):
+        return self.checkpointer.load(self.models, self.optimizer, self.scheduler)
+
+    def weight(self):
+        return float(self.models[0].module.decoder.final_layernorm.weight[0].detach())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_directory(tmp_path_factory.mktemp("checkpoint") / "tiny", layers=1, vision_depth=1)
+
+
+@pytest.fixture
+def state():
+    with init_distributed(ParallelConfig()) as state:
+        yield state
+
+
+@pytest.fixture
+def saved(tiny, state, tmp_path):
+    """Iterations 5, 10 and 15, whose weights are all 5, 10 and 15."""
+    run = Run(tiny, state, save=str(tmp_path / "run"), keep_latest_checkpoints=0)
+    for iteration in (5, 10, 15):
+        run.fill(iteration)
+        run.save(iteration)
+    return str(tmp_path / "run")
+
+
+def test_a_new_run_starts_from_nothing(tiny, state, tmp_path):
+    run = Run(tiny, state, save=str(tmp_path / "run"), save_interval=4)
+    assert run.load() is None
+    assert [n for n in range(1, 13) if run.checkpointer.is_due(n)] == [4, 8, 12]
+    unsaved = Run(tiny, state)
+    unsaved.save(1)
+    assert unsaved.load() is None and not unsaved.checkpointer.is_due(500)
+
+
+def test_the_newest_stay_and_the_newest_is_taken(tiny, state, saved):
+    run = Run(tiny, state, save=saved, keep_latest_checkpoints=2)
+    assert run.load() == {"iteration": 15} and run.weight() == 15
+    assert run.checkpointer.loaded_from.name == "iter_0000015"
+    run.save(20)
+    assert layout.list_iterations(saved) == [15, 20]
+    assert layout.read_tracker(saved) == 20
+
+
+def test_load_is_for_a_save_that_has_nothing_yet(tiny, state, saved, tmp_path):
+    """The same command, killed and repeated, goes on from --save and not from --load again."""
+    flags = {"save": str(tmp_path / "next"), "load": saved, "ckpt_step": 10}
+    run = Run(tiny, state, **flags)
+    assert run.load() == {"iteration": 10} and run.weight() == 10
+    run.fill(11)
+    run.save(11)
+    again = Run(tiny, state, **flags)
+    assert again.load() == {"iteration": 11} and again.weight() == 11
+
+
+def test_finetune_takes_the_weights_alone(tiny, state, saved, tmp_path):
+    run = Run(tiny, state, save=str(tmp_path / "next"), load=saved, finetune=True)
+    assert run.load() is None
+    assert run.weight() == 15 and run.scheduler.num_steps == 0
+    # the main copies of the optimizer are the loaded weights, too: a step with zero gradients changes nothing
+    run.models[0].zero_grad_buffer()
+    run.optimizer.step()
+    assert run.weight() == 15
+
+
+def test_settings_of_this_run_win(tiny, state, saved):
+    run = Run(tiny, state, save=saved, lr=0.5)
+    run.load()
+    assert {group["lr"] for group in run.optimizer.param_groups} == {0.5}
+
+
+def test_generators_go_on(tiny, state, tmp_path):
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    run = Run(tiny, state, save=str(tmp_path / "run"))
+    draw()
+    run.save(1)
+    want = draw()
+    assert draw() != want
+    run.load()
+    assert draw() == want
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_vision": True}, "other parameters are trained .*--finetune takes the weights alone"),
+        ({"parallel": ParallelConfig(use_distributed_optimizer=False)}, "use_distributed_optimizer differs"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny, state, saved, options, message):
+    with pytest.raises(UserError, match=message):
+        Run(tiny, state, save=saved, **options).load()
+
+
+def test_another_model_is_refused(tiny, state, saved, tmp_path):
+    other = make_tiny_directory(tmp_path / "other", layers=1, vision_depth=1, ffn=64)
+    with pytest.raises(UserError, match="ffn_hidden_size is 96 there and 64 here"):
+        Run(other, state, save=saved).load()
+
+
+def test_load_without_a_checkpoint_is_refused(tiny, state, saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        Run(tiny, state, load=str(tmp_path / "empty")).load()
+    with pytest.raises(UserError, match="ckpt_step=7"):
+        Run(tiny, state, load=saved, ckpt_step=7).load()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made a directory"):
+        Run(tiny, state, save=str(tmp_path / "file"))
+
+
+def test_violations_come_together(tmp_path):
+    config = CheckpointConfig(save_interval=0, keep_latest_checkpoints=-1, ckpt_step=3, finetune=True)
+    assert len(config.violations()) == 4
+    same = CheckpointConfig(save=str(tmp_path / "a"), load=str(tmp_path / "a"))
+    assert same.violations() == []  # the first start of a command that names one directory twice
+    assert "is not a directory" in CheckpointConfig(load=str(tmp_path / "b")).violations()[0]
+
+
+def full_disk(path, save):
+    """One rank: save, save on a full disk (files end at 100 kB), save again; returns what was said."""
+    with init_distributed(ParallelConfig()) as state:
+        run = Run(path, state, save=save)
+        run.fill(1)
+        run.save(1)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        said = None
+        try:
+            run.fill(2)
+            run.save(2)
+        except UserError as error:
+            said = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        state.barrier()
+        left = sorted(entry.name for entry in layout.Path(save).iterdir())
+        found = run.load()
+        run.save(3)
+        return said, left, found, run.weight()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_full_disk_is_one_message_on_every_rank_and_costs_nothing(tiny, tmp_path, world_size):
+    for said, left, found, weight in run_distributed(full_disk, world_size, tiny, str(tmp_path / "run")):
+        assert said and "could not be written" in said and "GiB free" in said
+        assert left == ["iter_0000001", layout.TRACKER]
+        assert found == {"iteration": 1} and weight == 1
+    assert layout.list_iterations(tmp_path / "run") == [1, 3]
