@@ -14,10 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-from umer1.config import SFTConfig
 from umer1.configuration import help_text
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import exit_on_user_error
+from umer1.training.config import SFTConfig
 from umer1.training.launch import prepare_default_data, read_command_line
 from umer1.training.sft import SFTTrainer
 

@@ -37,7 +37,9 @@ def main() -> None:
     for name, flags in runs.items():
         run(f"train {name}", *torchrun("examples/pretrain_sft.py", *flags))
     for name in runs:
-        scoring = ("-m", "umer1.cli", "eval", "--benchmark", "mini", "--model", f"runs/mini-{name}")
+        scoring = ("-m", "umer1.cli", "eval", "--benchmark", "mini", "--model", f"runs/mini-{name}/hf")
+        if name == "dume":
+            scoring += ("--modes", "disc")  # it was not trained to reason
         run(f"score {name}", *torchrun(*scoring, "--output", str(OUT / name)))
     run("compare", "umer1", "compare", *(f"{name}={OUT / name}" for name in runs), "--png", str(OUT / "results.png"))
     pictures = ", ".join([f"{OUT}/results.png", *(f"runs/mini-{name}/training.png" for name in runs)])

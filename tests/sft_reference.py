@@ -70,11 +70,9 @@ class Reference:
         ids = self.tokenizer.get_vocab()
         if "<gen_emb>" not in ids:
             self.tokenizer.add_tokens(["<gen_emb>", "<disc_emb>"])
-            rows = self.model.get_input_embeddings().weight.data
-            tables = [rows] if self.model.config.tie_word_embeddings else [rows, self.model.lm_head.weight.data]
-            for table in tables:
-                table[self.id("<gen_emb>")] = table[ids["<|object_ref_end|>"]]
-                table[self.id("<disc_emb>")] = table[ids["<|object_ref_start|>"]]
+            table = self.model.get_input_embeddings().weight.data  # a head of its own keeps its rows
+            table[self.id("<gen_emb>")] = table[ids["<|object_ref_end|>"]]
+            table[self.id("<disc_emb>")] = table[ids["<|object_ref_start|>"]]
 
     def id(self, token: str) -> int:
         return self.tokenizer.convert_tokens_to_ids(token)

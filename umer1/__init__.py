@@ -5,8 +5,8 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Transformer Engine, Apex and a GPU are optional here, and megatron-core warns about each at every import; it also calls
-# collectives by names that torch is about to change.
+# Transformer Engine, Apex and a GPU are optional here, and megatron-core warns about each at every import; it also
+# calls some collectives by names that torch will change.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
 

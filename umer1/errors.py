@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from contextlib import contextmanager
 
 
@@ -27,4 +28,6 @@ def exit_on_user_error(program: str):
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1.0)  # torchrun ends all ranks when the first one leaves: the message comes first
         sys.exit(2)

@@ -115,7 +115,7 @@ def test_layouts(case, layout, tmp_path):
 
 @pytest.mark.parametrize("layout", FEW)
 def test_untied_with_trained_vision(case, layout, tmp_path):
-    options = {"tied": False, "kv_heads": 4, "mrope_section": (2, 4, 2), "vocab_rows": 0, "old_format": True}
+    options = {"tied": False, "kv_heads": 4, "mrope_section": (2, 4, 2), "vocab_rows": 417, "old_format": True}
     model, data, start, want = case("untied", train_vision=True, **options)
     processes, flags = LAYOUTS[layout]
     got = run_sft(model, data, tmp_path / "out", processes, flags + " --train-vision")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from umer1.config import SFTConfig
 from umer1.data.bad_samples import BadSampleCounts
 from umer1.data.dataset import PairDataset
 from umer1.data.images import ImageConfig
@@ -21,6 +20,7 @@ from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.training.config import SFTConfig
 
 
 def image_config(data: DataConfig, directory: HFDirectory) -> ImageConfig:

@@ -3,13 +3,14 @@
 import math
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from umer1 import device
-from umer1.config import SFTConfig
 from umer1.configuration import to_yaml
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState
@@ -21,6 +22,7 @@ from umer1.models.qwen2_vl.weights import save_hf
 from umer1.training.batches import BatchSource
 from umer1.training.build import build_training_model
 from umer1.training.checkpoint import Checkpointer
+from umer1.training.config import SFTConfig
 from umer1.training.flops import peak_flops, step_flops
 from umer1.training.forward_step import NUM_STATISTICS, SFTStep, Totals, current_log_scale, unwrap
 from umer1.training.grad_cache import forward_backward
@@ -178,13 +180,24 @@ class SFTTrainer:
         self.batches.load_state_dict(found["batches"])
         self.say(f"resumed at iteration {self.iteration} from {self.checkpointer.loaded_from}")
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Weights as the last step left them: with overlapped gathers they arrive only at the next forward."""
+        overlapped = [model for model in self.models if model.ddp_config.overlap_param_gather]
+        for model in overlapped:
+            model.disable_forward_pre_hook(param_sync=True)
+        yield
+        for model in overlapped:
+            model.enable_forward_pre_hook()
+
     def save(self) -> None:
         extra = {
             "iteration": self.iteration,
             "skips": [self.skipped, self.skipped_in_a_row, self.nan],
             "batches": self.batches.state_dict(),
         }
-        self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra)
+        with self.settled():
+            self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra)
 
     def agree_on_signal(self, signals: SignalWatch) -> int:
         """The signal that any rank has received, 0 for none."""
@@ -269,7 +282,8 @@ class SFTTrainer:
         """Export, and say what comes next."""
         where = self.config.model.export_hf
         if where:
-            save_hf([unwrap(model) for model in self.models], self.directory, where, self.state)
+            with self.settled():
+                save_hf([unwrap(model) for model in self.models], self.directory, where, self.state)
         source = where or self.config.checkpoint.save
         if self.state.rank == 0:
             self.say(self.batches.report())

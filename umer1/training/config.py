@@ -54,9 +54,7 @@ class SFTConfig:
         found = self.parallel.violations(model_config, world_size)
         if found:
             return found
-        dp_size = world_size // (
-            self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
-        )
+        dp_size = world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
         found = self.data.violations(dp_size)
         stages, pairs = self.parallel.pipeline_model_parallel_size, self.data.global_batch_size
         if self.parallel.num_layers_per_virtual_pipeline_stage and not found and pairs // dp_size % stages:
