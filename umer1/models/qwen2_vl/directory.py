@@ -5,7 +5,7 @@ Only JSON and safetensors are read.  `auto_map` entries (code shipped with a mod
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,9 @@ def save_assets(source: HFDirectory, destination: str | Path, *, dtype: str | No
         elif name == "config.json" and dtype is not None:
             raw = json.loads(text)
             raw["dtype" if "dtype" in raw else "torch_dtype"] = dtype
+            for part in (raw.get("text_config"), raw.get("vision_config")):
+                if isinstance(part, dict) and "dtype" in part:
+                    part["dtype"] = dtype
             text = _dump(raw)
         write_text(destination / name, text)
 
@@ -229,7 +232,8 @@ def _add_embedding_tokens(path: Path, tokenizer: Tokenizer) -> dict[int, int]:
 def _grow_vocabulary(path: Path, raw: dict[str, Any], tokenizer: Tokenizer, initial_rows: dict[int, int]) -> int:
     """Raise vocab_size in `raw` (in place) if the added ids do not fit; returns the value that it had."""
     holder = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
-    rows = holder.get("vocab_size", raw.get("vocab_size"))
+    # transformers leaves a setting out of config.json when it is the class's default
+    rows = holder.get("vocab_size", next(f.default for f in fields(Qwen2VLConfig) if f.name == "vocab_size"))
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise UserError(f"{path / 'config.json'} has vocab_size {rows!r}; it must be a positive integer.")
     highest = max((index for index in tokenizer.get_vocab().values() if index not in initial_rows), default=-1)
