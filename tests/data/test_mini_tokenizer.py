@@ -10,7 +10,7 @@ from umer1.data.mini_tokenizer import SPECIAL_TOKENS, build_tokenizer, phrases
 
 TEXTS = (
     "",
-    "Start at red. Arrows to follow in this picture: three",
+    "Arrows to follow in this picture: three. Start at red",
     " red  red\tred\nred\r\n reduced redA red1 1red",
     "  two spaces, <think> and </think>, <answer>, < think >, <<think>>, a < b",
     "naïve café, 日本語, 😀, \u00a0\u3000\u200b, \x00\x07",

@@ -1,8 +1,8 @@
 """Make the tiny Qwen2-VL that mini-MMEB starts from: `python -m umer1.data.mini_base --output DIR`.
 
-It plays the part of the pretrained Qwen2-VL: it can list what the cells of a picture show, in any order, and knows
-nothing of the tasks, of the reasoning format, or of the two embedding tokens.  Plain transformers and torch's Muon, one
-process; learning to see is what needs Muon (AdamW alone leaves the digits at chance for minutes).
+It plays the part of the pretrained Qwen2-VL: it can list what the cells of a picture show, in any order, and can count.
+It knows nothing of the tasks, of the reasoning format, or of the two embedding tokens.  Plain transformers and torch's
+Muon, one process; learning to see is what needs Muon (AdamW alone leaves the digits at chance for minutes).
 """
 
 import argparse
@@ -18,12 +18,23 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from umer1.data.mini_draw import BLANK_TILE, TILE_PIXELS, draw
-from umer1.data.mini_tasks import HOP_TASKS, NUM_ANSWERS, Board, card, digit_word, key_word, sample_board, sample_mosaic
-from umer1.data.mini_tokenizer import BLANK, LIST_CELLS, SPECIAL_TOKENS, build_tokenizer
+from umer1.data.mini_tasks import (
+    HOP_TASKS,
+    LEFT,
+    NUM_ANSWERS,
+    NUMBERS,
+    Board,
+    card,
+    digit_word,
+    key_word,
+    sample_board,
+    sample_mosaic,
+)
+from umer1.data.mini_tokenizer import BLANK, COUNT_DOWN, LIST_CELLS, SPECIAL_TOKENS, build_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-KINDS = (*HOP_TASKS, "card", "mosaic")
+KINDS = (*HOP_TASKS, "card", "mosaic", "count")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,8 +134,27 @@ def sample_caption(rng: np.random.Generator, kind: str) -> tuple[Board, str]:
     return board, "".join(words)
 
 
+def count_batch(rng: np.random.Generator, count: int, tokenizer, config: Qwen2VLConfig) -> dict:
+    """Like `caption_batch`, without pictures: number words count down; shorter replies are padded at their end."""
+    pad = config.text_config.pad_token_id
+    numbers = rng.integers(1, len(NUMBERS), count)
+    head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    rows = []
+    for number in map(int, numbers):
+        prompt = f"{head}{COUNT_DOWN} {NUMBERS[number]}<|im_end|>\n<|im_start|>assistant\n"
+        reply = "".join(f" {NUMBERS[n]}{LEFT}" for n in reversed(range(number)))
+        rows.append(tokenizer.encode(f"{prompt}{reply}<|im_end|>").ids)
+        prompt_length = len(tokenizer.encode(prompt).ids)
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+    positions = torch.arange(length).expand(3, count, length)
+    return dict(ids=ids, positions=positions, patches=None, prompt_length=prompt_length)
+
+
 def caption_batch(rng: np.random.Generator, kind: str, count: int, tokenizer, config: Qwen2VLConfig) -> dict:
     """Token ids [B, L], M-RoPE positions [3, B, L], patches and grid; captions of one kind all have one length."""
+    if kind == "count":
+        return count_batch(rng, count, tokenizer, config)
     boards, captions = zip(*(sample_caption(rng, kind) for _ in range(count)), strict=True)
     patches, grid = board_patches(list(boards), rng)
     frames, rows, columns = (int(n) for n in grid[0])
@@ -149,15 +179,23 @@ def caption_batch(rng: np.random.Generator, kind: str, count: int, tokenizer, co
 
 
 def caption_logits(model: Qwen2VLForConditionalGeneration, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [B, R, V], labels [B, R]) of the caption tokens."""
+    """(logits [B, R, V], labels [B, R]) of the caption tokens; padding is labelled with the padding token."""
     embeds = model.model.get_input_embeddings()(batch["ids"])
-    seen = model.model.visual(batch["patches"], grid_thw=batch["grid"]).pooler_output
-    embeds = embeds.masked_scatter((batch["ids"] == batch["vision_id"])[..., None], seen)
+    if batch["patches"] is not None:
+        seen = model.model.visual(batch["patches"], grid_thw=batch["grid"]).pooler_output
+        embeds = embeds.masked_scatter((batch["ids"] == batch["vision_id"])[..., None], seen)
     hidden = model.model.language_model(
         inputs_embeds=embeds, position_ids=batch["positions"], use_cache=False
     ).last_hidden_state
     start = batch["prompt_length"]
     return model.lm_head(hidden[:, start - 1 : -1]), batch["ids"][:, start:]
+
+
+def reading_accuracy(kind: str, logits: torch.Tensor, labels: torch.Tensor, padding: int) -> float:
+    """Share of right tokens among those that the picture decides: of a listed cell the third, elsewhere all."""
+    read = slice(2, -1, 3) if kind in HOP_TASKS else slice(0, -1)
+    hits = (logits.argmax(-1) == labels)[:, read]
+    return hits[labels[:, read] != padding].float().mean().item()
 
 
 def train_base(settings: BaseSettings) -> tuple[Qwen2VLForConditionalGeneration, object]:
@@ -183,7 +221,8 @@ def train_base(settings: BaseSettings) -> tuple[Qwen2VLForConditionalGeneration,
         factor = min(1.0, (step + 1) / 30) * max(0.02, 0.5 * (1 + math.cos(math.pi * share)))
         kind = KINDS[step % len(KINDS)]
         logits, labels = caption_logits(model, caption_batch(rng, kind, settings.batch, tokenizer, config))
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        padding = config.text_config.pad_token_id
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=padding)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
             optimizer.zero_grad()
@@ -192,9 +231,7 @@ def train_base(settings: BaseSettings) -> tuple[Qwen2VLForConditionalGeneration,
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        # Third token of a cell: key and the other half are known, so it can be read with certainty.
-        read = slice(2, -1, 3) if kind in HOP_TASKS else slice(0, -1)
-        right.setdefault(kind, []).append((logits[:, read].argmax(-1) == labels[:, read]).float().mean().item())
+        right.setdefault(kind, []).append(reading_accuracy(kind, logits, labels, padding))
         if step % 200 == 0:
             scores = " ".join(f"{name} {np.mean(values[-20:]):.3f}" for name, values in right.items())
             print(f"step {step} {100 * share:.0f}% loss {loss.item():.3f} read: {scores}", flush=True)

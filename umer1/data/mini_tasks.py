@@ -1,7 +1,7 @@
 """The puzzles of mini-MMEB and their noisy teacher: what is on each picture, what is asked, and how a trace is written.
 
 `img`, `doc`, `vid`: a board of cells.  Each cell shows its own key (a colour; a letter on document pages), the key of
-the next cell and a digit; the pointers form one ring.  "Start at red. Arrows to follow: three": the target is the small
+the next cell and a digit; the pointers form one ring.  "Arrows to follow: three. Start at red": the target is the small
 card, page or caption that shows the last cell's key and digit.  A few-layer model can follow zero or one pointers in
 one pass; written step by step every hop is one look-up.
 
@@ -21,12 +21,12 @@ NUM_KEYS = len(COLOURS)
 NUM_ANSWERS = NUM_KEYS * len(DIGITS)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 
-QUERY_OPENING = {"img": "Start at", "doc": "Start at section", "vid": "Start at"}
-QUERY_MIDDLE = {
-    "img": ". Arrows to follow in this picture:",
-    "doc": ". References to follow on this page:",
-    "vid": ". Arrows to follow in this clip:",
+QUERY_OPENING = {
+    "img": "Arrows to follow in this picture:",
+    "doc": "References to follow on this page:",
+    "vid": "Arrows to follow in this clip:",
 }
+QUERY_MIDDLE = {"img": ". Start at", "doc": ". Start at section", "vid": ". Start at"}
 TARGET_TEXT = {"img": "This card.", "doc": "This index page.", "vid": "A clip that ends at"}
 LOOK_QUERY = "Find the same mosaic."
 LOOK_TARGET = "This mosaic."
@@ -160,7 +160,7 @@ def sample_question(
         written = _slip(rng, board, written)
     if held_out is False and is_held_out(task, board.answer(written[-1])):
         written = chain  # nor may a wrong trace name an answer that is held out
-    text = f"{QUERY_OPENING[task]}{key_word(task, board.keys[chain[0]])}{QUERY_MIDDLE[task]} {NUMBERS[wanted]}"
+    text = f"{QUERY_OPENING[task]} {NUMBERS[wanted]}{QUERY_MIDDLE[task]}{key_word(task, board.keys[chain[0]])}"
     query = View(
         board, text, GUESS if terse else _trace(task, board, written, wanted), _shown(task, board.answer(written[-1]))
     )

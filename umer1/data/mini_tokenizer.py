@@ -29,7 +29,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-LIST_CELLS = "List what the cells show."  # the base's only request
+LIST_CELLS = "List what the cells show."  # what the base is asked
+COUNT_DOWN = "Count down from"  # its one skill without a picture
 BLANK = " blank"  # the base's word for an empty cell
 # The suffix as the tokenizer meets it: cut where it holds an added token.
 _SUFFIX_PIECES = (
@@ -52,6 +53,7 @@ def phrases() -> list[str]:
         mini_tasks.LOOK_QUERY,
         mini_tasks.LOOK_TARGET,
         LIST_CELLS,
+        COUNT_DOWN,
         BLANK,
     ]
     traces = [mini_tasks.SHOWS, mini_tasks.GUESS, *(f" {n}{mini_tasks.LEFT}" for n in mini_tasks.NUMBERS)]
