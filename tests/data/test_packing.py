@@ -6,7 +6,8 @@ import torch
 from data_tools import make_processor, record, record_side, tiny_hf, write_picture, write_records
 
 from umer1.data.dataset import PairDataset
-from umer1.data.packing import pack, pair_cost, plan_micro_batches, sequences_of
+from umer1.data.packing import cut_after_disc, pack, pair_cost, plan_micro_batches, sequences_of
+from umer1.data.schema import EncodedPair, Sequence
 
 
 @pytest.fixture
@@ -94,3 +95,28 @@ def test_cost_counts_all_sides(pairs):
     tokens, patches = pair_cost(pairs[2])
     assert tokens == sum(len(side) for side in sequences_of(pairs[2])) and len(sequences_of(pairs[2])) == 4
     assert patches == len(pairs[2].query.pixel_values)
+
+
+def test_cut_after_disc_keeps_vision_that_stands_behind():
+    """L_disc alone needs nothing behind <disc_emb>, unless an image stands there whose pixels are packed."""
+    pad, disc = 7, 5
+
+    def side(ids: list[int]) -> Sequence:
+        count = len(ids)
+        return Sequence(
+            input_ids=torch.tensor(ids),
+            labels=torch.arange(count),
+            position_ids=torch.arange(count).expand(3, count),
+            pixel_values=torch.zeros(4 * ids.count(pad), 12),
+            grid_thw=torch.tensor([[1, 2, 2]] * ids.count(pad)).reshape(-1, 3),
+            disc_index=ids.index(disc),
+            gen_index=count - 1,
+            prompt_length=count - 2,
+        )
+
+    before, behind = side([1, pad, 2, disc, 3, 4]), side([1, disc, 2, pad, 3])
+    pair = cut_after_disc(EncodedPair(query=before, positive=behind, negatives=(before,)), (pad, 8))
+    assert pair.query.input_ids.tolist() == [1, pad, 2, disc] and pair.query.position_ids.shape == (3, 4)
+    assert (pair.query.gen_index, pair.query.labels.tolist()) == (-1, [-100] * 4)
+    assert pair.positive.input_ids.tolist() == [1, disc, 2, pad, 3]
+    assert len(pair.negatives[0]) == 4 and len(pack([pair]).input_ids) == 13

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from umer1.data.bad_samples import BadRecord, BadSample, BadSampleCounts, BadSampleLog
 from umer1.data.dataset import PairDataset
 from umer1.data.media import MAX_SOURCE_PIXELS
-from umer1.data.packing import pack, pair_cost, plan_micro_batches
+from umer1.data.packing import cut_after_disc, pack, pair_cost, plan_micro_batches
 from umer1.data.processor import MAX_FRAMES
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import EncodedPair, PackedBatch
@@ -124,8 +124,10 @@ class StepMaker:
         dp_size: int = 1,
         pad_to_multiple: int = 1,
         micro_batches_multiple_of: int = 1,
+        disc_only: bool = False,
     ):
         self.dataset, self.sampler, self.config = dataset, sampler, config
+        self.disc_only = disc_only
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.pad_to_multiple = pad_to_multiple
         self.micro_batches_multiple_of = micro_batches_multiple_of
@@ -139,7 +141,7 @@ class StepMaker:
             if pair is None:
                 return data
             data.indices[place] = pair.index
-            pairs.append(pair)
+            pairs.append(cut_after_disc(pair, self._vision_tokens()) if self.disc_only else pair)
         data.batches = self._packed(pairs)
         return data
 
@@ -161,6 +163,10 @@ class StepMaker:
         )
         return None
 
+    def _vision_tokens(self) -> tuple[int, int]:
+        special = self.dataset.processor.special
+        return special.image_pad, special.video_pad
+
     def _packed(self, pairs: list[EncodedPair]) -> list[PackedBatch]:
         costs = [pair_cost(pair) for pair in pairs]
         plan = plan_micro_batches(
@@ -177,6 +183,7 @@ class StepMaker:
 class Loader:
     """Steps in order from `sampler.step` on; counts and lists bad samples as their step is handed out.
 
+    disc_only: leave out what follows `<disc_emb>` (L_disc alone).
     bad_samples_path: where they are listed; give it to one rank of each tensor- and pipeline-parallel group alone.
     `next()` does not raise for bad data: `counts` tells all ranks together (BadSampleCounts.check).
     """
@@ -191,6 +198,7 @@ class Loader:
         dp_size: int = 1,
         pad_to_multiple: int = 1,
         micro_batches_multiple_of: int = 1,
+        disc_only: bool = False,
         bad_samples_path: str | Path | None = None,
     ):
         self.sampler, self.config = sampler, config
@@ -202,6 +210,7 @@ class Loader:
             dp_size=dp_size,
             pad_to_multiple=pad_to_multiple,
             micro_batches_multiple_of=micro_batches_multiple_of,
+            disc_only=disc_only,
         )
         self.counts = BadSampleCounts(dataset.names)
         self._log = None if bad_samples_path is None else BadSampleLog(bad_samples_path)

@@ -4,6 +4,8 @@ Both sides of a pair (and its hard negatives) stay in one micro-batch.  A budget
 one in patches the ViT's.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -103,6 +105,32 @@ def pack(pairs: list[EncodedPair], pad_to_multiple: int = 1) -> PackedBatch:
         supervised_labels=labels,
         supervised_sides=sides,
         num_real_tokens=real,
+    )
+
+
+def cut_after_disc(pair: EncodedPair, vision_tokens: tuple[int, ...]) -> EncodedPair:
+    """The pair without what follows each side's `<disc_emb>`: attention is causal, so its state stays the same.
+
+    For L_disc alone.  vision_tokens: ids of the image and video pads; a side with some of them behind `<disc_emb>` is
+    left whole, as its pixels belong to them.
+    """
+    pads = torch.tensor(vision_tokens)
+
+    def cut(side: Sequence) -> Sequence:
+        end = side.disc_index + 1
+        if torch.isin(side.input_ids[end:], pads).any():
+            return side
+        return replace(
+            side,
+            input_ids=side.input_ids[:end],
+            labels=torch.full((end,), IGNORE, dtype=torch.int64),
+            position_ids=side.position_ids[:, :end],
+            gen_index=-1,
+            prompt_length=end,
+        )
+
+    return replace(
+        pair, query=cut(pair.query), positive=cut(pair.positive), negatives=tuple(cut(side) for side in pair.negatives)
     )
 
 

@@ -64,6 +64,7 @@ def build_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,
         micro_batches_multiple_of=state.pp_size if interleaved else 1,
+        disc_only=config.loss.weights()[1:] == (0.0, 0.0),
         bad_samples_path=None if save is None else Path(save) / "bad_samples.jsonl",
     )
 

@@ -8,6 +8,7 @@ from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, launched_world_size
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.export import destination_problem
 from umer1.training.checkpoint import ASSETS
 from umer1.training.config import SFTConfig
 
@@ -19,11 +20,13 @@ def read_command_line(argv: list[str], default_config: Path) -> tuple[SFTConfig,
     opened: list[HFDirectory] = []
 
     def check_files(config: SFTConfig) -> list[str]:
+        problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
+        problems = [problem] if problem else []  # said now, not after days of training
         try:
             opened.append(open_directory(config))
         except UserError as error:
-            return [str(error)]
-        return config.layout_violations(opened[0].config, launched_world_size())
+            return [*problems, str(error)]
+        return problems + config.layout_violations(opened[0].config, launched_world_size())
 
     config = load_config(SFTConfig, argv, default_config, check_files)
     return config, opened[0]

@@ -1,5 +1,6 @@
 """One record a log interval: a line in Megatron's grammar, the same as JSONL, TensorBoard and, when asked, W&B."""
 
+import importlib.util
 import json
 import math
 import os
@@ -48,9 +49,12 @@ class LoggingConfig:
     """Weights & Biases project; not used unless it is given (needs the wandb package)."""
 
     def violations(self) -> list[str]:
+        problems = []
         if self.log_interval < 1:
-            return [f"log_interval={self.log_interval} must be 1 or above"]
-        return []
+            problems.append(f"log_interval={self.log_interval} must be 1 or above")
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            problems.append(f"wandb_project={self.wandb_project} needs the wandb package: pip install wandb")
+        return problems
 
 
 def duration(seconds: float) -> str:
