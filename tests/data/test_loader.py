@@ -10,7 +10,7 @@ from data_tools import make_processor, record, record_side, write_picture, write
 
 from umer1.data.bad_samples import BadRecord, BadSampleCounts, BadSampleLog
 from umer1.data.dataset import PairDataset
-from umer1.data.loader import DataConfig, Loader
+from umer1.data.loader import DataConfig, Loader, StepMaker
 from umer1.data.sampler import BlockSampler
 from umer1.errors import UserError
 
@@ -36,7 +36,7 @@ def make_loader(path, *, rank=0, size=1, log=None, workers=0, micro=4, **changes
     config = DataConfig(global_batch_size=8, micro_batch_size=micro, num_workers=workers, **changes)
     dataset = PairDataset(path, None, make_processor())
     sampler = BlockSampler(dataset.name_ids, dataset.names, 8, 4, seed=1)
-    return Loader(dataset, sampler, config, dp_rank=rank, dp_size=size, pad_to_multiple=2, bad_samples_path=log)
+    return Loader(StepMaker(dataset, sampler, config, dp_rank=rank, dp_size=size, pad_to_multiple=2), log)
 
 
 def tokens(step) -> list[int]:

@@ -112,7 +112,11 @@ class StepData:
 
 
 class StepMaker:
-    """`maker[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead."""
+    """`maker[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead.
+
+    pad_to_multiple: of each micro-batch's token count.  micro_batches_multiple_of: their number, for the interleaved
+    schedule.  disc_only: leave out what follows `<disc_emb>` (L_disc alone).
+    """
 
     def __init__(
         self,
@@ -183,36 +187,13 @@ class StepMaker:
 class Loader:
     """Steps in order from `sampler.step` on; counts and lists bad samples as their step is handed out.
 
-    disc_only: leave out what follows `<disc_emb>` (L_disc alone).
     bad_samples_path: where they are listed; give it to one rank of each tensor- and pipeline-parallel group alone.
     `next()` does not raise for bad data: `counts` tells all ranks together (BadSampleCounts.check).
     """
 
-    def __init__(
-        self,
-        dataset: PairDataset,
-        sampler: BlockSampler,
-        config: DataConfig,
-        *,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        pad_to_multiple: int = 1,
-        micro_batches_multiple_of: int = 1,
-        disc_only: bool = False,
-        bad_samples_path: str | Path | None = None,
-    ):
-        self.sampler, self.config = sampler, config
-        self.maker = StepMaker(
-            dataset,
-            sampler,
-            config,
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            pad_to_multiple=pad_to_multiple,
-            micro_batches_multiple_of=micro_batches_multiple_of,
-            disc_only=disc_only,
-        )
-        self.counts = BadSampleCounts(dataset.names)
+    def __init__(self, maker: StepMaker, bad_samples_path: str | Path | None = None):
+        self.maker, self.sampler, self.config = maker, maker.sampler, maker.config
+        self.counts = BadSampleCounts(maker.dataset.names)
         self._log = None if bad_samples_path is None else BadSampleLog(bad_samples_path)
         self._steps = None
 

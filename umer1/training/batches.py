@@ -13,7 +13,7 @@ import torch.distributed as dist
 from umer1.data.bad_samples import BadSampleCounts
 from umer1.data.dataset import PairDataset
 from umer1.data.images import ImageConfig
-from umer1.data.loader import DataConfig, Loader
+from umer1.data.loader import DataConfig, Loader, StepMaker
 from umer1.data.processor import Processor
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import PackedBatch
@@ -57,16 +57,17 @@ def build_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState
         raise UserError(f"{data.data_path}: {error}") from None
     interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
     save = config.checkpoint.save
-    return Loader(
+    maker = StepMaker(
         dataset,
         sampler,
         data,
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,
+        pad_to_multiple=state.tp_size if config.parallel.sequence_parallel else 1,
         micro_batches_multiple_of=state.pp_size if interleaved else 1,
         disc_only=config.loss.weights()[1:] == (0.0, 0.0),
-        bad_samples_path=None if save is None else Path(save) / "bad_samples.jsonl",
     )
+    return Loader(maker, None if save is None else Path(save) / "bad_samples.jsonl")
 
 
 def raise_together(failure: str | None, group: dist.ProcessGroup | None = None) -> None:
