@@ -10,7 +10,6 @@ COMMANDS = {
     "encode": ("umer1.inference.encode", "JSONL of inputs -> embeddings, in disc or gen mode"),
     "eval": ("umer1.evaluation.mini", "score a model on a benchmark"),
     "compare": ("umer1.evaluation.compare", "results of several runs side by side"),
-    "mini": ("umer1.data.mini_mmeb", "write the mini-MMEB benchmark's files"),
 }
 
 
