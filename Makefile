@@ -2,7 +2,6 @@
 PYTHON ?= python3
 NPROC ?= 2
 BIN = .venv/bin
-RUN = OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(NPROC)
 
 .PHONY: quickstart test lint setup
 setup: .venv/ready
@@ -14,7 +13,7 @@ quickstart: setup
 	@NPROC=$(NPROC) $(BIN)/python examples/quickstart.py
 
 test: setup
-	$(BIN)/python -m pytest -q --durations=15 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15 tests
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
