@@ -149,7 +149,8 @@ def _bars(axes: Axes, results: dict[str, dict]) -> None:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("score, per cent (± standard error)")
     axes.set_ylim(0, 105)
-    axes.legend(fontsize=8)
+    # above the axes: inside it would hide bars
+    axes.legend(fontsize=8, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
 def _evaluation_figure(result: dict) -> Figure:
