@@ -56,6 +56,8 @@ CONFIGURATIONS = {
     "SP without TP": ("--sequence-parallel", 1, ["sequence_parallel", "2 or more"]),
     "batch not dividing over ranks": ("--global-batch-size 9", 2, ["global_batch_size=9", "8 or 10"]),
     "missing data file": ("--data-path nowhere.json", 1, ["nowhere.json", "does not exist"]),
+    "empty model": ("--hf-model=", 1, ["hf_model must not be empty"]),
+    "export below a file": (f"--export-hf {__file__}/x", 1, ["cannot be written", "not a directory"]),
     "data root is no directory": ("--data-root nowhere", 1, ["data_root=nowhere"]),
     "uncached with budgets": (
         "--no-cached-contrastive --max-tokens-per-micro-batch 99",

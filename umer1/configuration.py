@@ -93,6 +93,8 @@ def convert(name: str, value: Any, wanted: Any) -> Any:
     if kind is str:
         if isinstance(value, (dict, list)):
             raise ValueError(f"{name}={value!r} must be text")
+        if not str(value).strip():  # an unset shell variable must not mean the default
+            raise ValueError(f"{name} must not be empty")
         return str(value)
     raise AssertionError(f"{name}: no rule for {wanted}")
 

@@ -106,6 +106,14 @@ def test_a_bad_line_is_a_bad_sample_of_its_data_set(tmp_path):
     assert dataset[1].index == 1 and dataset[7].index == 7
 
 
+@pytest.mark.parametrize("lines", [True, False])
+def test_names_can_always_be_printed(tmp_path, lines):
+    records = [{**record(0), "dataset_name": "half \ud800"}, record(1)]
+    dataset = PairDataset(write_records(tmp_path / "a", records, lines=lines), None, make_processor())
+    assert dataset.dataset_name(0) == "half \\ud800"
+    assert dataset[0].index == 0
+
+
 def test_a_line_longer_than_any_record(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "MAX_RECORD_BYTES", 5000)
     monkeypatch.setattr("umer1.data.dataset.MAX_RECORD_BYTES", 5000)

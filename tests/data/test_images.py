@@ -116,6 +116,8 @@ def test_long_videos_share_a_budget_when_the_directory_says_so():
         ({"min_pixels": 0}, {}, "min_pixels=0"),
         ({"max_pixels": 100}, {}, "less than one vision token"),
         ({"image_std": [1.0, 0.0, 1.0]}, {}, "image_std"),
+        ({"image_std": [1.0, float("nan"), 1.0]}, {}, "image_std"),
+        ({"image_mean": ["a", "b", "c"]}, {}, "image_mean"),
     ],
 )
 def test_settings_that_cannot_be_followed(image, video, words):

@@ -93,7 +93,7 @@ def test_state_goes_through_json_and_refuses_another_order():
     other = make()
     other.load_state_dict(state)
     assert other.step == 17
-    for changed in (make(seed=1), make(size=32), make(block=8), make((200, 90, 38))):
+    for changed in (make(seed=1), make(size=32), make(block=8), make((200, 90, 38)), make((199, 91, 37))):
         with pytest.raises(UserError, match="cannot be continued"):
             changed.load_state_dict(state)
 

@@ -138,6 +138,12 @@ BAD_DIRECTORIES = {
         lambda p: (p / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 40)),
         "not a whole safetensors file",
     ),
+    "bytes behind the weights": (
+        lambda p: (p / "model.safetensors").open("ab").write(b"more"),
+        "4 bytes behind the last tensor",
+    ),
+    "generation_config.json is no JSON": (_write("generation_config.json", "{"), "generation_config.json is not valid"),
+    "tokenizer_config.json is a list": (_write("tokenizer_config.json", "[]"), "tokenizer_config.json must hold"),
     "index leads out": (_index("../secret.safetensors"), "'../secret.safetensors'"),
     "index absolute": (_index("/etc/passwd"), "'/etc/passwd'"),
     "index names a missing file": (_index("model-00009.safetensors"), "is missing"),

@@ -99,6 +99,11 @@ def test_absent_fields_get_transformers_defaults():
         (dict(model_type="llava"), "model_type='llava' is not supported"),
         (dict(vision_config=[]), "must add up|hidden_size"),
         (dict(rms_norm_eps=0), "rms_norm_eps=0 must be a number above 0"),
+        (dict(rope_scaling={"mrope_section": [16, 16, 16, 16]}), "must have three parts"),
+        (dict(tie_word_embeddings="false"), "tie_word_embeddings='false' must be true or false"),
+        (dict(use_sliding_window=True, max_window_layers="2"), "max_window_layers='2' must be a whole number"),
+        (dict(layer_types="full_attention"), "layer_types='full_attention' must be a list"),
+        (dict(head_dim="128"), "head_dim=128 must be"),
     ],
 )
 def test_what_is_refused(changes, message):

@@ -124,7 +124,12 @@ def _integer(value: Any) -> int | None:
 
 
 def _channels(value, default):
-    return tuple(float(item) for item in value) if isinstance(value, list) and len(value) == 3 else default
+    return tuple(float(item) for item in value) if _three_numbers(value) else default
+
+
+def _three_numbers(value: Any) -> bool:
+    numbers = isinstance(value, list) and len(value) == 3 and all(type(item) in (int, float) for item in value)
+    return numbers and all(math.isfinite(item) for item in value)
 
 
 def _unsupported(kind: str, settings: dict, vision: Any) -> list[str]:
@@ -155,8 +160,7 @@ def _unsupported(kind: str, settings: dict, vision: Any) -> list[str]:
         )
     for name in ("image_mean", "image_std"):
         value = settings.get(name)
-        legal = isinstance(value, list) and len(value) == 3 and all(isinstance(item, int | float) for item in value)
-        if value is not None and not legal:
+        if value is not None and not _three_numbers(value):
             found.append(f"the {kind} preprocessor settings say {name}={value!r}; three numbers are needed")
     return found
 

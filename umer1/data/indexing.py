@@ -41,6 +41,7 @@ class _Builder:
         self.names: dict[str, int] = {}
 
     def add(self, start: int, length: int, name: str) -> None:
+        name = name.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair could not be printed
         self.starts.append(start)
         self.lengths.append(length)
         self.name_ids.append(self.names.setdefault(name, len(self.names)))

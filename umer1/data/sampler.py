@@ -121,8 +121,11 @@ class BlockSampler:
         return {"step": self.step, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
+        # Which data set each pair is of decides the order as much as their number does.
+        places = hashlib.blake2b(self.name_ids.astype("<i4").tobytes() + repr(self.names).encode(), digest_size=8)
         return {
             "seed": self.seed,
+            "data_sets": places.hexdigest(),
             "num_pairs": len(self.name_ids),
             "global_batch_size": self.global_batch_size,
             "block_size": self.block_size,
@@ -133,7 +136,7 @@ class BlockSampler:
         changed = [
             f"{key} was {state.get(key)} and is now {value}"
             for key, value in self._identity().items()
-            if state.get(key) != value
+            if state.get(key, value) != value  # an older checkpoint may lack a key
         ]
         if changed:
             raise UserError(

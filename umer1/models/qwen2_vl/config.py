@@ -127,7 +127,7 @@ class Qwen2VLConfig:
             rms_norm_eps=reader.number(text, "rms_norm_eps", 1e-5),
             rope_theta=reader.number(rope if "rope_theta" in rope else text, "rope_theta", 1000000.0),
             mrope_section=reader.integers(rope, "mrope_section", (16, 24, 24)),
-            tie_word_embeddings=bool(root.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+            tie_word_embeddings=any([reader.boolean(part, "tie_word_embeddings") for part in (root, text)]),
             initializer_range=reader.number(text, "initializer_range", 0.02),
             image_token_id=reader.integer(root, "image_token_id", 151655),
             video_token_id=reader.integer(root, "video_token_id", 151656),
@@ -151,6 +151,8 @@ class Qwen2VLConfig:
             )
         elif self.head_dim % 2:
             found.append(f"hidden_size / num_attention_heads = {self.head_dim} must be even for rotary embedding")
+        elif len(self.mrope_section) != 3:
+            found.append(f"mrope_section={list(self.mrope_section)} must have three parts: for time, height and width")
         elif sum(self.mrope_section) != self.head_dim // 2 or min(self.mrope_section) < 0:
             found.append(
                 f"mrope_section={list(self.mrope_section)} adds up to {sum(self.mrope_section)}; it must add up to "
@@ -201,6 +203,13 @@ class _Reader:
         self.problems.append(f"{name}={value!r} must be a whole number")
         return default
 
+    def boolean(self, values: dict, name: str) -> bool:
+        value = values.get(name)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self.problems.append(f"{name}={value!r} must be true or false")
+        return False
+
     def number(self, values: dict, name: str, default: float) -> float:
         value = values.get(name, default)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
@@ -239,9 +248,15 @@ def _unsupported(root: dict, text: dict, rope: dict) -> list[str]:
         found.append(f"model_type={root['model_type']!r} is not supported; use a qwen2_vl model")
     sliding = text.get("use_sliding_window") and text.get("sliding_window", 4096) is not None
     layer_types = text.get("layer_types") or []
-    if "sliding_attention" in layer_types or (
-        sliding and not layer_types and text.get("max_window_layers", 80) < text.get("num_hidden_layers", 80)
-    ):
+    if not isinstance(layer_types, list):
+        found.append(f"layer_types={layer_types!r} must be a list")
+        layer_types = []
+    first_window, layers = text.get("max_window_layers", 80), text.get("num_hidden_layers", 80)
+    if not isinstance(first_window, int):
+        found.append(f"max_window_layers={first_window!r} must be a whole number")
+        first_window = 0
+    windows = sliding and not layer_types and (not isinstance(layers, int) or first_window < layers)
+    if "sliding_attention" in layer_types or windows:
         found.append("sliding-window attention is not supported; use_sliding_window must be false")
     if text.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act={text['hidden_act']!r} is not supported; the decoder's activation must be silu")
@@ -252,6 +267,9 @@ def _unsupported(root: dict, text: dict, rope: dict) -> list[str]:
         found.append(f"rope_type={kind!r} is not supported; use 'mrope' or 'default'")
     heads = text.get("num_attention_heads", 64)
     head_dim = text.get("head_dim")
-    if head_dim is not None and isinstance(heads, int) and head_dim * heads != text.get("hidden_size", 8192):
+    fits = not isinstance(heads, int) or (
+        isinstance(head_dim, int) and head_dim * heads == text.get("hidden_size", 8192)
+    )
+    if head_dim is not None and not fits:
         found.append(f"head_dim={head_dim} must be hidden_size / num_attention_heads")
     return found

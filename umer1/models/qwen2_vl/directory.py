@@ -111,14 +111,19 @@ class HFDirectory:
     @property
     def image_settings(self) -> dict[str, Any]:
         """preprocessor_config.json as it stands (or processor_config.json's image part); {} when there is neither."""
-        settings = _parse(self.path, self.assets, "preprocessor_config.json")
-        return settings or _parse(self.path, self.assets, "processor_config.json").get("image_processor") or {}
+        return _parse(self.path, self.assets, "preprocessor_config.json") or self._processor_part("image_processor")
 
     @property
     def video_settings(self) -> dict[str, Any]:
         """video_preprocessor_config.json as it stands (or processor_config.json's video part); {} without either."""
         settings = _parse(self.path, self.assets, "video_preprocessor_config.json")
-        return settings or _parse(self.path, self.assets, "processor_config.json").get("video_processor") or {}
+        return settings or self._processor_part("video_processor")
+
+    def _processor_part(self, name: str) -> dict[str, Any]:
+        part = _parse(self.path, self.assets, "processor_config.json").get(name) or {}
+        if not isinstance(part, dict):
+            raise UserError(f"{self.path / 'processor_config.json'} has {name} {part!r}; it must be an object.")
+        return part
 
 
 def save_assets(source: HFDirectory, destination: str | Path, *, dtype: str | None = None) -> None:
@@ -169,8 +174,10 @@ def _read_assets(path: Path) -> dict[str, str]:
             assets[name] = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from error
-        if "auto_map" in assets[name] and name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):
-            assets[name] = _dump(_without_code(_parse(path, assets, name)))
+        if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):
+            content = _parse(path, assets, name)  # faults are said now, not when the files are written beside a result
+            if "auto_map" in assets[name]:
+                assets[name] = _dump(_without_code(content))
     missing = [name for name in ("config.json", "tokenizer.json") if name not in assets]
     if missing:
         hint = ""

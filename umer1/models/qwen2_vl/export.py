@@ -23,6 +23,9 @@ def destination_problem(destination: str | Path) -> str | None:
     path = Path(destination)
     if path.exists() and not path.is_dir():
         return f"{path} is a file; the export needs a directory."
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        return f"{path} cannot be written: {nearest} is not a directory that may be written to."
     if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
         return f"{path} is not empty and is no earlier export of umer1; name another directory or empty this one."
     return None

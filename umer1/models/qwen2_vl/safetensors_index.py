@@ -72,7 +72,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = {}
+        entries, spans = {}, []
         for name, item in header.items():
             begin, end = item["data_offsets"]
             shape = tuple(int(extent) for extent in item["shape"])
@@ -81,6 +81,14 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             if not 0 <= begin <= end <= size - 8 - length:
                 raise ValueError(f"{name} reaches beyond the end of the file (truncated download?)")
             entries[name] = TensorEntry(file, item["dtype"], shape)
+            spans.append((begin, end))
+        place = 0
+        for begin, end in sorted(spans):
+            if begin != place:
+                raise ValueError(f"its tensors do not follow one another (bytes {place} to {begin})")
+            place = end
+        if place != size - 8 - length:
+            raise ValueError(f"{size - 8 - length - place} bytes behind the last tensor belong to none")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file.name} has a corrupt safetensors header: {error}") from error
     return entries
