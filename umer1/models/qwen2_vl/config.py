@@ -135,7 +135,7 @@ class Qwen2VLConfig:
             vision_end_token_id=reader.integer(root, "vision_end_token_id", 151653),
             unsupported=tuple(_unsupported(root, text, rope)),
         )
-        problems = reader.problems or built.violations()
+        problems = list(dict.fromkeys(reader.problems)) or built.violations()
         if problems:
             raise ConfigError(problems)
         return built
