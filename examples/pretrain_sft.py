@@ -20,6 +20,7 @@ from umer1.errors import exit_on_user_error
 from umer1.training.config import SFTConfig
 from umer1.training.launch import prepare_default_data, read_command_line
 from umer1.training.sft import SFTTrainer
+from umer1.training.signals import end_with_launcher
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_sft.yaml"
 
@@ -29,6 +30,7 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(help_text(SFTConfig, __doc__))
         return
+    end_with_launcher()
     with exit_on_user_error("pretrain_sft"):
         config, directory = read_command_line(sys.argv[1:], DEFAULT_CONFIG)
         with init_distributed(config.parallel, seed=config.run.seed) as state:

@@ -15,7 +15,7 @@ from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
 ROOT = Path(__file__).resolve().parents[2]
-ITERATIONS = 40
+ITERATIONS = 80
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +92,21 @@ def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
     kills = 0
     for attempt in range(20):
         process = start(setting, tmp_path)
-        wait_for(process, "elapsed time")
-        time.sleep(rng.uniform(0, 0.8))
+        for _ in range(rng.randint(1, 4)):
+            wait_for(process, "elapsed time")
         if attempt % 2:
             deadline = time.monotonic() + 5
             while process.poll() is None and time.monotonic() < deadline:
                 if list((tmp_path / "run").glob(".*")):
-                    time.sleep(rng.uniform(0, 0.03))
                     break
                 time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
         if process.poll() is not None:
             break
         kill(process)
         kills += 1
     print(f"{kills} kills")
-    assert kills >= 5, "the run ended before it could be disturbed; make it longer"
+    assert kills >= 10, "the run ended before it could be disturbed; make it longer"
     out = finish(start(setting, tmp_path))
     assert "resumed at iteration" in out
     assert_identical(tmp_path, undisturbed)
@@ -132,3 +132,26 @@ def test_a_signal_saves_and_leaves(setting, undisturbed, tmp_path, number):
     assert f"stopped by {number.name}" in out
     assert "resumed at iteration" in finish(start(setting, tmp_path))
     assert_identical(tmp_path, undisturbed)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie that its new parent has yet to collect."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_ranks_end_with_a_killed_launcher(setting, tmp_path):
+    """Orphans would go on training and save beside the run that replaces them."""
+    process = start(setting, tmp_path, processes=2)
+    for _ in range(3):
+        wait_for(process, "elapsed time")
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
+    ranks = [int(word) for word in found.stdout.split()]
+    assert len(ranks) >= 2
+    process.kill()
+    process.communicate(timeout=60)  # returns when nobody holds the pipe any more
+    assert not [rank for rank in ranks if is_running(rank)]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < ITERATIONS
+    assert "resumed at iteration" in finish(start(setting, tmp_path, processes=2))

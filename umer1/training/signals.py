@@ -1,9 +1,24 @@
-"""SIGTERM (a scheduler's or a user's) and SIGUSR1 (a warning before the time limit): save at the next step, leave."""
+"""SIGTERM (a scheduler's or a user's) and SIGUSR1 (a warning before the time limit): save at the next step, leave.
 
+A rank whose launcher was killed ends as well: an orphan would train on, and save beside the run that replaces it.
+"""
+
+import ctypes
+import os
 import signal
+import sys
 from types import FrameType
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR1)
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this rank when torchrun dies without ending it (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class SignalWatch:
