@@ -1,4 +1,4 @@
-"""What `make quickstart` runs: the embedded default from data to scores, in about ten minutes on two cores.
+"""What `make quickstart` runs: the embedded default from data to scores, in seven minutes on two cores.
 
 Draws mini-MMEB, trains the tiny base with all three losses (umer1) and with L_disc alone (dume), scores both on
 held-out queries, and leaves runs/quickstart/results.png.  Every step is a command that is printed before it runs.
