@@ -19,8 +19,9 @@ ALLOWED = {
     "checkpoints": BASE | {"distributed", "models"},
     "data": BASE | {"models"},
     "inference": BASE | {"distributed", "models", "checkpoints", "data"},
+    "rl": BASE | {"distributed", "models", "checkpoints", "data", "inference"},
     "evaluation": BASE | {"distributed", "models", "data", "inference"},
-    "training": BASE | {"distributed", "models", "checkpoints", "data", "losses", "evaluation"},
+    "training": BASE | {"distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
     "conversion": BASE | {"distributed", "models", "checkpoints", "training"},
     "cli": {"errors"},
 }
@@ -29,6 +30,7 @@ OWNERS = {
     "megatron": {"distributed", "losses", "models", "checkpoints", "training", "inference"},
     "transformer_engine": {"models"},
     "wandb": {"training"},
+    "vllm": {"rl"},
 }
 
 

@@ -1,7 +1,8 @@
-"""The words all else uses: a pair as the file says it, a tokenised sequence, and a packed micro-batch."""
+"""The words all else uses: a pair as the file says it, a tokenised sequence, a prompt, and a packed micro-batch."""
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -53,6 +54,29 @@ class EncodedPair:
     negatives: tuple[Sequence, ...] = ()
     dataset: str = ""
     index: int = -1
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One side of an RL pair: what the trainer's model takes, and the pictures as a rollout engine takes them.
+
+    The pictures are uint8 RGB and have the processor's resize behind them, so that the engine's patches are ours.
+    """
+
+    sequence: Sequence  # vision blocks expanded, no response
+    images: tuple[np.ndarray, ...] = ()  # [height, width, 3] each
+    videos: tuple[np.ndarray, ...] = ()  # [frames, height, width, 3] each
+
+
+@dataclass(slots=True)
+class PromptPair:
+    """Both prompts of an RL record and where it came from."""
+
+    query: Prompt
+    positive: Prompt
+    dataset: str = ""
+    index: int = -1  # position in the data file
+    slot: int = -1  # place in the global batch, the same at any number of ranks
 
 
 @dataclass(slots=True)
