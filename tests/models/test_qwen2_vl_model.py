@@ -80,6 +80,37 @@ def test_missing_pixels_are_an_error_and_not_a_silent_change(models):
         ours(**{**batch, "pixel_values": None, "grid_thw": None})
 
 
+def test_pads_that_a_policy_sampled_are_plain_tokens(models):
+    """transformers sees other ids with the same embeddings, which it cannot take for spans."""
+    ours, theirs, config = models
+    table = theirs.get_input_embeddings().weight
+    doubles = {reference.IMAGE: 97, reference.VIDEO: 98}
+    with torch.no_grad():
+        for pad, double in doubles.items():
+            table[double] = table[pad]
+    sampled = torch.tensor([5, reference.IMAGE, reference.START, reference.VIDEO, reference.VIDEO, reference.END, 7])
+    hidden_pads = torch.tensor([doubles.get(token, token) for token in sampled.tolist()])
+    items, plain, rows, start = [], [], [], 0
+    for item in reference.sequences(config):
+        prompt, positions = item["input_ids"], item["position_ids"]
+        following = (positions.max() + 1 + torch.arange(len(sampled))).expand(3, -1)
+        longer = item | {"position_ids": torch.cat([positions, following], dim=1)}
+        items.append(longer | {"input_ids": torch.cat([prompt, sampled])})
+        plain.append(longer | {"input_ids": torch.cat([prompt, hidden_pads])})
+        pads = (prompt == reference.IMAGE) | (prompt == reference.VIDEO)
+        rows.append(pads.nonzero().flatten() + start)
+        start += len(prompt) + len(sampled)
+    batch, rows = reference.pack(items), torch.cat(rows)
+    assert_close("hidden", ours(**batch, vision_rows=rows), reference.reference_hidden(theirs, plain), rtol=1e-5)
+    with pytest.raises(ValueError, match="vision tokens"):
+        ours(**batch)
+    with pytest.raises(ValueError, match="vision tokens"):
+        ours(**batch, vision_rows=rows[1:])
+    texts = [item for item in items if not item["grid_thw"].shape[0]]
+    ours(**reference.pack(texts), vision_rows=rows[:0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in ours.vision.parameters())
+
+
 def test_bf16_parameters_stay_near_fp32(models):
     ours, _, config = models
     batch = reference.pack(reference.sequences(config))

@@ -119,6 +119,7 @@ class Qwen2VL(LanguageModule):
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        vision_rows: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Hidden states of packed sequences.
@@ -126,6 +127,10 @@ class Qwen2VL(LanguageModule):
         `input_ids` int64 [T], `position_ids` int64 [3, T], `cu_seqlens` int32 [S + 1] bounds the sequences.  Vision
         tokens take, in order, the rows made of `vision_features` [P, vision_dim] (as `vision_forward` gives them) or of
         `pixel_values` [P, patch_dim] with `grid_thw` int64 [V, 3].  With a cache: see KVCache.
+
+        `vision_rows` int64 [P / merge**2], ascending: the rows of `input_ids` that take them.  Without it every image
+        and video pad does; pads that a policy sampled are no spans, so packed responses need it.  ValueError when the
+        number of rows is not what the pixels make.
 
         Last stage: states after the final norm [T, H], complete on every tensor-parallel rank; their gradient must be
         the same on all of them.  Other stages: what the next one needs, [T (/ tp if sequence-parallel), 1, H].
@@ -140,7 +145,9 @@ class Qwen2VL(LanguageModule):
                 vision_features = self.vision_forward(pixel_values, grid_thw)
             # A response may hold vision tokens that the model sampled: they are no spans and take no features.
             decoding = cache is not None and cache.longest > 0
-            hidden = self._embed(pad(input_ids, (0, filling), value=NO_TOKEN), vision_features, spans=not decoding)
+            if vision_rows is None and not decoding:
+                vision_rows = self._vision_rows(input_ids)
+            hidden = self._embed(pad(input_ids, (0, filling), value=NO_TOKEN), vision_features, vision_rows)
         hidden = self.decoder(hidden, None, packed_seq_params=packed)
         if cache is not None:
             cache.advance(cu_seqlens, max_seqlen)
@@ -199,14 +206,20 @@ class Qwen2VL(LanguageModule):
         plan = None if self.te_attention else SDPAPlan(cu_seqlens, causal=True)
         return packed_sequences(cu_seqlens, max_seqlen, angles, plan=plan)
 
-    def _embed(self, input_ids: torch.Tensor, vision_features: torch.Tensor | None, *, spans: bool) -> torch.Tensor:
-        """[T] -> [T (/ tp if sequence-parallel), 1, H], vision rows in place where there are `spans`."""
-        hidden = self.embedding(input_ids.unsqueeze(0), None)
+    def _vision_rows(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [n]: the image and video pads among [T]."""
         ids = self.model_config
-        rows = ((input_ids == ids.image_token_id) | (input_ids == ids.video_token_id)).nonzero().flatten()
-        count = 0 if vision_features is None else vision_features.shape[0] // ids.vision.spatial_merge_size**2
-        if spans and rows.numel() != count:
-            raise ValueError(f"{rows.numel()} vision tokens, but the pixels make {count}")
+        return ((input_ids == ids.image_token_id) | (input_ids == ids.video_token_id)).nonzero().flatten()
+
+    def _embed(
+        self, input_ids: torch.Tensor, vision_features: torch.Tensor | None, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[T] -> [T (/ tp if sequence-parallel), 1, H], vision features in place at `rows`; None: there are none."""
+        hidden = self.embedding(input_ids.unsqueeze(0), None)
+        merge = self.model_config.vision.spatial_merge_size
+        count = 0 if vision_features is None else vision_features.shape[0] // merge**2
+        if (0 if rows is None else rows.numel()) != count:
+            raise ValueError(f"{0 if rows is None else rows.numel()} vision tokens, but the pixels make {count}")
         if count:
             merged = self.vision.merger(vision_features)
             hidden = hidden.squeeze(1).index_copy(0, rows, merged.to(hidden.dtype)).unsqueeze(1)
