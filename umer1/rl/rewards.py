@@ -1,0 +1,196 @@
+"""What a rollout is worth: pure functions of the rollouts of one comparison set (METHOD section 5).
+
+A comparison set is N pairs with G rollouts on either side, in group order (row = pair * G + generation).  A reward
+term takes a RewardInputs, one side of one comparison set, and returns fp32 [N * G].  A term of one's own has the same
+form: `module:function` in the configuration.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from umer1.data.prompts import has_format
+
+# Elements of the fp64 products of one chunk of rows: 128 MiB.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def format_reward(responses: list[str]) -> torch.Tensor:
+    """fp32 [R]: 1 where `<think>.*?</think>.*?<answer>.*?<gen_emb>` (dot matches newline) is found, else 0."""
+    return torch.tensor([float(has_format(response)) for response in responses], dtype=torch.float32)
+
+
+def _similarities(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Dot products fp64 [r, M] of [r, D] and [M, D], each summed in the same order wherever it stands.
+
+    A matrix product adds up in an order that depends on the position in the matrix, so that equal columns would not
+    always have equal similarities, and a tie would be broken by round-off instead of by index.
+    """
+    return (rows[:, None, :] * columns[None, :, :]).sum(-1)
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the masked values of the last dimension; 0 where there are none."""
+    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def _check(query: torch.Tensor, target: torch.Tensor, num_generations: int) -> None:
+    if query.dim() != 2 or query.shape != target.shape:
+        raise ValueError(f"embeddings {tuple(query.shape)} and {tuple(target.shape)}: expected [N * G, D] twice")
+    if num_generations < 1 or len(query) % num_generations:
+        raise ValueError(f"{len(query)} rollouts are no whole number of groups of {num_generations}")
+
+
+def embedding_reward(
+    query_embeddings: torch.Tensor,
+    target_embeddings: torch.Tensor,
+    num_generations: int,
+    *,
+    query_valid: torch.Tensor | None = None,
+    target_valid: torch.Tensor | None = None,
+    target_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(reward, ranking, margin), each [N * G], of the query side's rollouts; for the other side swap the roles.
+
+    query_embeddings, target_embeddings: [N * G, D] in group order, compared by dot product as they are given (callers
+    normalise).  With S+ a rollout's similarities to its own pair's G targets and S- those to all other targets:
+
+        ranking = |S+ ∩ top_G(S+ ∪ S-)| / G     margin = mean(S+) - mean(S-)     reward = ranking * margin
+
+    Equal similarities rank in the order of the targets' rows.
+    query_valid, target_valid: bool [N * G], None for all.  A target that is not valid leaves S+ and S-, and G becomes
+    the number of valid S+; a query rollout that is not valid, or has no valid S+, gets 0, 0, 0; without any valid S-
+    the margin is mean(S+).  target_ids: int [N]; pairs of equal ids are no negatives of each other (None: all are).
+    Sums are fp64; the results are fp64 for fp64 embeddings, else fp32.
+    """
+    _check(query_embeddings, target_embeddings, num_generations)
+    queries, targets = query_embeddings.detach().double(), target_embeddings.detach().double()
+    count, device = len(queries), queries.device
+    groups = torch.arange(count, device=device) // num_generations
+    everyone = torch.ones(count, dtype=torch.bool, device=device)
+    query_valid = everyone if query_valid is None else query_valid.to(device, torch.bool)
+    target_valid = everyone if target_valid is None else target_valid.to(device, torch.bool)
+    ids = groups if target_ids is None else target_ids.to(device)[groups]
+
+    rankings, margins = queries.new_zeros(count), queries.new_zeros(count)
+    rows = max(1, CHUNK_ELEMENTS // max(1, targets.numel()))
+    for start in range(0, count, rows):
+        chunk = slice(start, start + rows)
+        similarity = _similarities(queries[chunk], targets)
+        own = (groups[chunk, None] == groups) & target_valid
+        other = (ids[chunk, None] != ids) & target_valid
+        num_own = own.sum(1)
+        # Stable: equal similarities stay in index order.
+        order = similarity.masked_fill(~(own | other), -math.inf).sort(dim=1, descending=True, stable=True).indices
+        at_top = torch.arange(count, device=device) < num_own[:, None]
+        hits = (own.gather(1, order) & at_top).sum(1)
+        scored = query_valid[chunk] & (num_own > 0)
+        rankings[chunk] = torch.where(scored, hits / num_own.clamp(min=1).double(), 0.0)
+        margins[chunk] = torch.where(scored, _mean(similarity, own) - _mean(similarity, other), 0.0)
+    dtype = torch.float64 if query_embeddings.dtype == torch.float64 else torch.float32
+    return (rankings * margins).to(dtype), rankings.to(dtype), margins.to(dtype)
+
+
+def threshold_share(
+    query_embeddings: torch.Tensor,
+    target_embeddings: torch.Tensor,
+    num_generations: int,
+    threshold: float,
+    *,
+    query_valid: torch.Tensor,
+    target_valid: torch.Tensor,
+) -> torch.Tensor:
+    """fp32 [N * G]: the share of a rollout's valid S+ that is at least `threshold`; 0 where there is none."""
+    _check(query_embeddings, target_embeddings, num_generations)
+    shape = (-1, num_generations, query_embeddings.shape[1])
+    queries, targets = (part.detach().double().view(shape) for part in (query_embeddings, target_embeddings))
+    similarity = (queries[:, :, None, :] * targets[:, None, :, :]).sum(-1)  # [N, G, G]
+    valid = target_valid.view(-1, 1, num_generations).expand_as(similarity)
+    share = _mean((similarity >= threshold).double(), valid).flatten()
+    return torch.where(query_valid, share, 0.0).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardInputs:
+    """One side of one comparison set: R = N * G rollouts in group order, and the other side's embeddings.
+
+    `valid`: the rollout exists and its response has <gen_emb>; an embedding elsewhere means nothing.
+    """
+
+    side: int  # 0: rollouts of the query, 1: of the positive
+    num_generations: int  # G
+    responses: list[str]  # [R], "" for a rollout that failed
+    lengths: torch.Tensor  # int64 [R], tokens of each response
+    max_completion_length: int  # tokens
+    embeddings: torch.Tensor  # float [R, D], L2-normalised
+    other_embeddings: torch.Tensor  # float [R, D], L2-normalised
+    valid: torch.Tensor  # bool [R]
+    other_valid: torch.Tensor  # bool [R]
+    target_ids: torch.Tensor | None = None  # int64 [N]: pairs of equal ids are no negatives of each other
+    similarity_threshold: float = 0.5
+
+    @cached_property
+    def embedding_scores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(reward, ranking, margin) of `embedding_reward`, computed once however many terms want it."""
+        return embedding_reward(
+            self.embeddings,
+            self.other_embeddings,
+            self.num_generations,
+            query_valid=self.valid,
+            target_valid=self.other_valid,
+            target_ids=self.target_ids,
+        )
+
+
+RewardFunction = Callable[[RewardInputs], torch.Tensor]
+
+
+def format_term(inputs: RewardInputs) -> torch.Tensor:
+    """1 for the right form; 0 without the token <gen_emb>, even where other tokens spell it."""
+    reward = format_reward(inputs.responses).to(inputs.valid.device)
+    return torch.where(inputs.valid, reward, 0.0)
+
+
+def embedding_term(inputs: RewardInputs) -> torch.Tensor:
+    """ranking * margin, the paper's reward."""
+    return inputs.embedding_scores[0].float()
+
+
+def ranking_term(inputs: RewardInputs) -> torch.Tensor:
+    """The ranking alone (ablation)."""
+    return inputs.embedding_scores[1].float()
+
+
+def margin_term(inputs: RewardInputs) -> torch.Tensor:
+    """The margin alone (ablation)."""
+    return inputs.embedding_scores[2].float()
+
+
+def threshold_term(inputs: RewardInputs) -> torch.Tensor:
+    """The share of similarities to the own pair that reach the threshold (ablation)."""
+    return threshold_share(
+        inputs.embeddings,
+        inputs.other_embeddings,
+        inputs.num_generations,
+        inputs.similarity_threshold,
+        query_valid=inputs.valid,
+        target_valid=inputs.other_valid,
+    )
+
+
+def length_term(inputs: RewardInputs) -> torch.Tensor:
+    """Minus the response's tokens over the most it may have: between -1 and 0."""
+    return -inputs.lengths.float() / inputs.max_completion_length
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "format": format_term,
+    "embedding": embedding_term,
+    "ranking": ranking_term,
+    "margin": margin_term,
+    "threshold": threshold_term,
+    "length": length_term,
+}
