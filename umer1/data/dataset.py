@@ -1,4 +1,4 @@
-"""The SFT data file (METHOD section 6): an index made once, records read and checked one at a time.
+"""Data files, and SFT's form of them (METHOD section 6): an index made once, records read and checked one at a time.
 
 A JSONL file is indexed by byte offsets and never held in memory; a JSON list is streamed through once for the same
 kind of index.  A file that is not one of the two is a UserError that says where; a record that is wrong is a BadSample
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from umer1.data.bad_samples import BadSample
-from umer1.data.indexing import MAX_RECORD_BYTES, FileIndex, index_file
+from umer1.data.indexing import MAX_RECORD_BYTES, NAME_KEYS, FileIndex, index_file
 from umer1.data.media import MediaRoot
 from umer1.data.processor import Processor
 from umer1.data.schema import EncodedPair, Pair, Side
@@ -21,12 +21,15 @@ from umer1.data.schema import EncodedPair, Pair, Side
 _HUMAN, _GPT = "human", "gpt"
 
 
-class PairDataset:
-    """Pairs of one data file; media are opened when a pair is asked for.
+class RecordFile:
+    """Records of one data file; `self[index]` is a subclass's matter.
 
     data_root: the folder that media paths start at; the data file's own folder when None.
+    name_keys: where a record says its data set, the first that does.
     Raises UserError when the file is missing, empty, or neither a JSON list nor JSONL.
     """
+
+    name_keys: tuple[str, ...] = NAME_KEYS
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class PairDataset:
         self.processor = processor
         bounds = {} if max_source_pixels is None else {"max_source_pixels": max_source_pixels}
         self.media = MediaRoot(self.path.parent if data_root is None else data_root, **bounds)
-        self._index: FileIndex = index_file(self.path)
+        self._index: FileIndex = index_file(self.path, self.name_keys)
         self._fd: tuple[int, int] | None = None  # (process, descriptor): workers open their own
 
     def __len__(self) -> int:
@@ -59,19 +62,39 @@ class PairDataset:
     def dataset_name(self, index: int) -> str:
         return self._index.names[self._index.name_ids[index]]
 
-    def read(self, index: int) -> Pair:
-        """The record as it is in the file, checked in form; BadSample("bad_record") when it is not well-formed."""
+    def read_record(self, index: int) -> Any:
+        """The JSON value of a record; BadSample("bad_record") when it is none."""
         start, length = int(self._index.starts[index]), int(self._index.lengths[index])
         if length > MAX_RECORD_BYTES:
             raise BadSample("bad_record", f"the record has {length} bytes, more than {MAX_RECORD_BYTES}")
         raw = os.pread(self._descriptor(), length, start)
         try:
-            record = json.loads(raw)
+            return json.loads(raw)
         except RecursionError:
             raise BadSample("bad_record", "the record is nested too deeply") from None
         except ValueError as error:
             raise BadSample("bad_record", f"the record is not JSON: {error}") from None
-        return parse_pair(record, index)
+
+    def _descriptor(self) -> int:
+        if self._fd is None or self._fd[0] != os.getpid():
+            self._fd = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        return self._fd[1]
+
+    def close(self) -> None:
+        if self._fd is not None and self._fd[0] == os.getpid():
+            os.close(self._fd[1])
+        self._fd = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fd": None}
+
+
+class PairDataset(RecordFile):
+    """Pairs of an SFT file; media are opened when a pair is asked for."""
+
+    def read(self, index: int) -> Pair:
+        """The record as it is in the file, checked in form; BadSample("bad_record") when it is not well-formed."""
+        return parse_pair(self.read_record(index), index)
 
     def __getitem__(self, index: int) -> EncodedPair:
         """Both sides (and hard negatives) tokenised; raises BadSample."""
@@ -90,32 +113,19 @@ class PairDataset:
         except BadSample as error:
             raise BadSample(error.cause, f"{name}: {error.detail}") from None
 
-    def _descriptor(self) -> int:
-        if self._fd is None or self._fd[0] != os.getpid():
-            self._fd = (os.getpid(), os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-        return self._fd[1]
-
-    def close(self) -> None:
-        if self._fd is not None and self._fd[0] == os.getpid():
-            os.close(self._fd[1])
-        self._fd = None
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_fd": None}
-
 
 def parse_pair(record: Any, index: int = -1) -> Pair:
     """One record of an SFT file; BadSample("bad_record") says what has the wrong form."""
     if not isinstance(record, dict):
-        raise BadSample("bad_record", f"a record must be an object, not {_kind(record)}")
+        raise BadSample("bad_record", f"a record must be an object, not {kind_of(record)}")
     name = record.get("dataset_name", "")
     if not isinstance(name, str):
-        raise BadSample("bad_record", f"dataset_name must be a string, not {_kind(name)}")
+        raise BadSample("bad_record", f"dataset_name must be a string, not {kind_of(name)}")
     negatives = record.get("neg")
     if negatives is None:
         negatives = []
     if not isinstance(negatives, list):
-        raise BadSample("bad_record", f"neg must be a list of sides, not {_kind(negatives)}")
+        raise BadSample("bad_record", f"neg must be a list of sides, not {kind_of(negatives)}")
     return Pair(
         dataset=name,
         query=_parse_side("qry", record.get("qry")),
@@ -127,7 +137,7 @@ def parse_pair(record: Any, index: int = -1) -> Pair:
 
 def _parse_side(name: str, side: Any) -> Side:
     if not isinstance(side, dict):
-        raise BadSample("bad_record", f"{name} must be an object, not {_kind(side)}")
+        raise BadSample("bad_record", f"{name} must be an object, not {kind_of(side)}")
     turns = side.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadSample("bad_record", f"{name}.conversations must be a list of turns")
@@ -136,38 +146,42 @@ def _parse_side(name: str, side: Any) -> Side:
     human, gpt = (turn.get("value") for turn in turns)
     if not isinstance(human, str) or not isinstance(gpt, str):
         raise BadSample("bad_record", f"{name}.conversations: value must be a string")
-    return Side(text=human, images=_images(name, side), videos=_videos(name, side), response=gpt)
+    return Side(
+        text=human,
+        images=image_paths(f"{name}.image", side.get("image")),
+        videos=video_paths(f"{name}.video", side.get("video")),
+        response=gpt,
+    )
 
 
-def _images(name: str, side: dict) -> tuple[str, ...]:
-    value = side.get("image")
+def image_paths(name: str, value: Any) -> tuple[str, ...]:
+    """A path or a list of them; empty strings are none.  `name` is said when the form is wrong."""
     if value is None:
         return ()
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise BadSample("bad_record", f"{name}.image must be a path or a list of paths")
+        raise BadSample("bad_record", f"{name} must be a path or a list of paths")
     return tuple(path for path in paths if path)
 
 
-def _videos(name: str, side: dict) -> tuple[tuple[str, ...], ...]:
+def video_paths(name: str, value: Any) -> tuple[tuple[str, ...], ...]:
     """A list of frame paths is one video, a list of such lists several; empty strings and lists are none."""
-    value = side.get("video")
     if value is None or value == "":
         return ()
     if not isinstance(value, list):
-        raise BadSample("bad_record", f"{name}.video must be a list of frame paths, not {_kind(value)}")
+        raise BadSample("bad_record", f"{name} must be a list of frame paths, not {kind_of(value)}")
     several = [value] if all(isinstance(item, str) for item in value) else value
     videos = []
     for frames in several:
         if not isinstance(frames, list) or not all(isinstance(path, str) for path in frames):
-            raise BadSample("bad_record", f"{name}.video must be a list of frame paths, or a list of such lists")
+            raise BadSample("bad_record", f"{name} must be a list of frame paths, or a list of such lists")
         kept = tuple(path for path in frames if path)
         if kept:
             videos.append(kept)
     return tuple(videos)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """The JSON word for a value's type."""
     words = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "missing"}
     return words.get(type(value), "a number")

@@ -243,6 +243,19 @@ class Patchifier:
         pixels = pixels.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
         return Patches(pixels.reshape(steps * rows * columns, 3, kept, patch**2), (steps, rows, columns))
 
+    def frames(self, patches: "Patches") -> np.ndarray:
+        """uint8 [frames, height, width, 3]: the resized pictures that `patches` was cut from, bit for bit.
+
+        A still is one frame; an incomplete last step of a video has its last frame twice.
+        """
+        patch, merge = self.config.patch_size, self.config.merge_size
+        steps, rows, columns = patches.grid
+        kept = patches.pixels.shape[2]
+        pixels = patches.pixels.reshape(
+            steps, rows // merge, columns // merge, merge, merge, 3, kept, patch, patch
+        ).transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+        return pixels.reshape(steps * kept, rows * patch, columns * patch, 3)
+
     def normalised(self, patches: "Patches") -> torch.Tensor:
         """float32 [P, patch_dim]: rescaled, normalised, a still repeated for each frame of the step."""
         values = self._table.take(patches.pixels + _CHANNEL_OFFSETS)

@@ -9,7 +9,7 @@ import re
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,8 +20,9 @@ _CHUNK = 8 * 2**20
 _PROBED_LINES = 100  # of a JSONL file, at least one of these must be an object
 _EXPECTED = "a data file is a JSON list of pairs, or JSONL with one pair a line"
 
-# With bare quotes this can only be a key: inside a JSON string the quotes would be escaped.
-_NAME = re.compile(rb'"dataset_name"\s*:\s*"((?:[^"\\]|\\.)*)"')
+# Keys of a record: the first that is a string and not empty names its data set.
+NAME_KEYS = ("dataset_name",)
+RL_NAME_KEYS = ("dataset_name", "dataset")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -33,6 +34,33 @@ class FileIndex:
     lengths: np.ndarray  # int64 [N]
     name_ids: np.ndarray  # int32 [N]
     names: tuple[str, ...]  # "" stands for records that name none
+
+
+class _Names:
+    """Reads the data set's name out of a record, whole or as a line that is better not parsed."""
+
+    def __init__(self, keys: tuple[str, ...]):
+        self.keys = keys
+        # With bare quotes this can only be a key: inside a JSON string the quotes would be escaped.
+        self._patterns = [re.compile(rb'"%b"\s*:\s*"((?:[^"\\]|\\.)*)"' % key.encode()) for key in keys]
+
+    def of(self, record: Any) -> str:
+        """ "" when the record names none."""
+        values = [record.get(key) for key in self.keys] if isinstance(record, dict) else []
+        return next((value for value in values if isinstance(value, str) and value), "")
+
+    def of_line(self, raw: bytes) -> str:
+        """Of a line without parsing it all; a line that holds a key more than once is parsed."""
+        try:
+            for pattern in self._patterns:
+                found = pattern.findall(raw)
+                if len(found) > 1:
+                    return self.of(json.loads(raw))
+                if found and (name := json.loads(b'"' + found[0] + b'"')):
+                    return name
+        except (ValueError, RecursionError):
+            pass
+        return ""
 
 
 class _Builder:
@@ -53,9 +81,12 @@ class _Builder:
         return FileIndex(*arrays, names=tuple(self.names))
 
 
-def index_file(path: str | Path) -> FileIndex:
-    """Index a JSON list or a JSONL file; UserError with the line and byte when it is neither."""
-    path = Path(path)
+def index_file(path: str | Path, name_keys: tuple[str, ...] = NAME_KEYS) -> FileIndex:
+    """Index a JSON list or a JSONL file; UserError with the line and byte when it is neither.
+
+    name_keys: where a record says its data set, the first that does.
+    """
+    path, names = Path(path), _Names(name_keys)
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"the data file {path} {what}; {_EXPECTED}")
@@ -68,9 +99,9 @@ def index_file(path: str | Path) -> FileIndex:
             if first == b"":
                 raise UserError(f"the data file {path} is empty; {_EXPECTED}")
             if first == b"[":
-                return _index_list(path, file, start)
+                return _index_list(path, file, start, names)
             if first == b"{":
-                return _index_lines(path, file, start)
+                return _index_lines(path, file, start, names)
     except OSError as error:
         raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
     raise UserError(f"the data file {path} starts with {first!r}, not with '[' or '{{'; {_EXPECTED}")
@@ -83,15 +114,10 @@ def _first_byte(file: BinaryIO) -> bytes:
     return b""
 
 
-def _name_of(record) -> str:
-    name = record.get("dataset_name", "") if isinstance(record, dict) else ""
-    return name if isinstance(name, str) else ""
-
-
 # -- JSONL -----------------------------------------------------------------------------------------------------------
 
 
-def _index_lines(path: Path, file: BinaryIO, position: int) -> FileIndex:
+def _index_lines(path: Path, file: BinaryIO, position: int, names: _Names) -> FileIndex:
     builder = _Builder()
     probe = _Probe()
     for raw in iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""):
@@ -100,22 +126,11 @@ def _index_lines(path: Path, file: BinaryIO, position: int) -> FileIndex:
             length += len(rest)  # a line longer than any record: its length alone is kept, and refuses it later
             raw = rest
         if length != len(raw) or raw.strip():
-            builder.add(position, length, _line_name(raw))
+            builder.add(position, length, names.of_line(raw))
             probe.look(raw, len(builder.starts))
         position += length
     probe.judge(path)
     return builder.build(path)
-
-
-def _line_name(raw: bytes) -> str:
-    """dataset_name of a line without parsing it all; a line that holds the key more than once is parsed."""
-    found = _NAME.findall(raw)
-    try:
-        if len(found) == 1:
-            return json.loads(b'"' + found[0] + b'"')
-        return _name_of(json.loads(raw)) if found else ""
-    except (ValueError, RecursionError):
-        return ""
 
 
 class _Probe:
@@ -184,7 +199,7 @@ class _Window:
         return UserError(f"the data file {self.path} {what} (line {line}, byte {byte}); {_EXPECTED}")
 
 
-def _index_list(path: Path, file: BinaryIO, start: int) -> FileIndex:
+def _index_list(path: Path, file: BinaryIO, start: int, names: _Names) -> FileIndex:
     builder = _Builder()
     window = _Window(path, file, start)
     decode = json.JSONDecoder().raw_decode
@@ -195,7 +210,7 @@ def _index_list(path: Path, file: BinaryIO, start: int) -> FileIndex:
             _next(window)
             record, end = _decode_one(window, decode)
             position = window.byte
-            builder.add(position, window.advance(end), _name_of(record))
+            builder.add(position, window.advance(end), names.of(record))
             mark = _next(window)
             if mark == "]":
                 break

@@ -1,11 +1,11 @@
-"""For each step this data-parallel rank's packed micro-batches, made here or in worker processes.
+"""For each step this data-parallel rank's packed micro-batches or prompts, made here or in worker processes.
 
 Whatever the number of ranks and workers, a slot of the global batch holds the same pair: the sampler names it, and a
 bad pair's replacement depends on (seed, step, slot) alone.
 """
 
 import itertools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from umer1.data import shipping
 from umer1.data.bad_samples import BadRecord, BadSample, BadSampleCounts, BadSampleLog
-from umer1.data.dataset import PairDataset
+from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.media import MAX_SOURCE_PIXELS
 from umer1.data.packing import cut_after_disc, pack, pair_cost, plan_micro_batches
 from umer1.data.processor import MAX_FRAMES
 from umer1.data.sampler import BlockSampler
-from umer1.data.schema import EncodedPair, PackedBatch
+from umer1.data.schema import EncodedPair, PackedBatch, PromptPair
 
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
 
@@ -101,55 +102,48 @@ class DataConfig:
 
 @dataclass(slots=True)
 class StepData:
-    """One rank's share of one step."""
+    """One rank's share of one step: micro-batches, or for RL the prompts themselves."""
 
     step: int
-    batches: list[PackedBatch]
+    slots: np.ndarray  # int64 [pairs of this rank]: places in the global batch
     indices: np.ndarray  # int64 [pairs of this rank]: what was used, replacements included; equal on TP and PP peers
-    seen: int  # samples tried
+    batches: list[PackedBatch] = field(default_factory=list)
+    pairs: list[PromptPair] = field(default_factory=list)  # in the order of `slots`
+    seen: int = 0  # samples tried
     bad: list[BadRecord] = field(default_factory=list)
-    failure: str | None = None  # why the share could not be filled; `batches` is then empty
+    failure: str | None = None  # why the share could not be filled; `batches` and `pairs` are then empty
 
 
-class StepMaker:
-    """`maker[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead.
+class SlotFiller:
+    """`filler[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead.
 
-    pad_to_multiple: of each micro-batch's token count.  micro_batches_multiple_of: their number, for the interleaved
-    schedule.  disc_only: leave out what follows `<disc_emb>` (L_disc alone).
+    Says which pair stands in which slot; a subclass makes of them what its trainer takes (`_assemble`).
     """
 
     def __init__(
-        self,
-        dataset: PairDataset,
-        sampler: BlockSampler,
-        config: DataConfig,
-        *,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-        pad_to_multiple: int = 1,
-        micro_batches_multiple_of: int = 1,
-        disc_only: bool = False,
+        self, dataset: RecordFile, sampler: BlockSampler, config: DataConfig, *, dp_rank: int = 0, dp_size: int = 1
     ):
         self.dataset, self.sampler, self.config = dataset, sampler, config
-        self.disc_only = disc_only
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.pad_to_multiple = pad_to_multiple
-        self.micro_batches_multiple_of = micro_batches_multiple_of
 
     def __getitem__(self, step: int) -> StepData:
         slots, indices = self.sampler.share(step, self.dp_rank, self.dp_size)
-        data = StepData(step, [], np.zeros(len(slots), dtype=np.int64), 0)
+        data = StepData(step, slots, np.zeros(len(slots), dtype=np.int64))
         pairs = []
         for place, (slot, index) in enumerate(zip(slots.tolist(), indices.tolist(), strict=True)):
             pair = self._usable(data, slot, index)
             if pair is None:
                 return data
             data.indices[place] = pair.index
-            pairs.append(cut_after_disc(pair, self._vision_tokens()) if self.disc_only else pair)
-        data.batches = self._packed(pairs)
+            pairs.append(pair)
+        self._assemble(data, pairs)
         return data
 
-    def _usable(self, data: StepData, slot: int, index: int) -> EncodedPair | None:
+    def _assemble(self, data: StepData, pairs: list[Any]) -> None:
+        """Put the usable pairs of the share, in the order of its slots, into `data`."""
+        raise NotImplementedError
+
+    def _usable(self, data: StepData, slot: int, index: int) -> Any | None:
         """The pair of a slot, or the first replacement that can be used; None, with the reason, when there is none."""
         tried = index
         for attempt in range(1, _ATTEMPTS + 2):
@@ -167,11 +161,34 @@ class StepMaker:
         )
         return None
 
-    def _vision_tokens(self) -> tuple[int, int]:
-        special = self.dataset.processor.special
-        return special.image_pad, special.video_pad
 
-    def _packed(self, pairs: list[EncodedPair]) -> list[PackedBatch]:
+class StepMaker(SlotFiller):
+    """SFT: packed micro-batches.
+
+    pad_to_multiple: of each micro-batch's token count.  micro_batches_multiple_of: their number, for the interleaved
+    schedule.  disc_only: leave out what follows `<disc_emb>` (L_disc alone).
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        sampler: BlockSampler,
+        config: DataConfig,
+        *,
+        pad_to_multiple: int = 1,
+        micro_batches_multiple_of: int = 1,
+        disc_only: bool = False,
+        **layout: int,
+    ):
+        super().__init__(dataset, sampler, config, **layout)
+        self.disc_only = disc_only
+        self.pad_to_multiple = pad_to_multiple
+        self.micro_batches_multiple_of = micro_batches_multiple_of
+
+    def _assemble(self, data: StepData, pairs: list[EncodedPair]) -> None:
+        if self.disc_only:
+            special = self.dataset.processor.special
+            pairs = [cut_after_disc(pair, (special.image_pad, special.video_pad)) for pair in pairs]
         costs = [pair_cost(pair) for pair in pairs]
         plan = plan_micro_batches(
             [tokens for tokens, _ in costs],
@@ -181,7 +198,16 @@ class StepMaker:
             self.config.max_patches_per_micro_batch,
             multiple_of=self.micro_batches_multiple_of,
         )
-        return [pack([pairs[place] for place in places], self.pad_to_multiple) for places in plan]
+        data.batches = [pack([pairs[place] for place in places], self.pad_to_multiple) for places in plan]
+
+
+class PromptStepMaker(SlotFiller):
+    """RL: the pairs of a PromptDataset, each with its slot.  What is packed depends on the responses to come."""
+
+    def _assemble(self, data: StepData, pairs: list[PromptPair]) -> None:
+        for slot, pair in zip(data.slots.tolist(), pairs, strict=True):
+            pair.slot = slot
+        data.pairs = pairs
 
 
 class Loader:
@@ -191,7 +217,7 @@ class Loader:
     `next()` does not raise for bad data: `counts` tells all ranks together (BadSampleCounts.check).
     """
 
-    def __init__(self, maker: StepMaker, bad_samples_path: str | Path | None = None):
+    def __init__(self, maker: SlotFiller, bad_samples_path: str | Path | None = None):
         self.maker, self.sampler, self.config = maker, maker.sampler, maker.config
         self.counts = BadSampleCounts(maker.dataset.names)
         self._log = None if bad_samples_path is None else BadSampleLog(bad_samples_path)
@@ -201,7 +227,7 @@ class Loader:
         """This rank's share of the next step."""
         if self._steps is None:
             self._steps = self._start()
-        data = _unshipped(next(self._steps))
+        data = shipping.unpacked(next(self._steps))
         assert data.step == self.sampler.step
         self.sampler.step += 1
         self.counts.note(data.seen, data.bad, data.failure)
@@ -215,12 +241,12 @@ class Loader:
             return map(self.maker.__getitem__, steps)
         return iter(
             DataLoader(
-                _Shipping(self.maker),
+                shipping.Packing(self.maker),
                 batch_size=None,
                 sampler=_Counting(self.sampler.step),
                 num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch_factor,
-                collate_fn=_as_it_is,
+                collate_fn=shipping.as_it_is,
                 generator=torch.Generator(),  # of its own: the global state must not depend on the number of workers
             )
         )
@@ -240,9 +266,6 @@ class Loader:
         self._steps = None
 
 
-# -- between processes -----------------------------------------------------------------------------------------------
-
-
 class _Counting:
     """Steps from `start` on, without end."""
 
@@ -251,35 +274,3 @@ class _Counting:
 
     def __iter__(self):
         return itertools.count(self.start)
-
-
-class _Shipping:
-    """A StepMaker whose batches travel cheaply: pixels in shared memory, the many small tensors as arrays.
-
-    Each shared tensor holds a file descriptor, of which a process may have few.
-    """
-
-    def __init__(self, maker: StepMaker):
-        self.maker = maker
-
-    def __getitem__(self, step: int) -> StepData:
-        data = self.maker[step]
-        for batch in data.batches:
-            for item in fields(batch):
-                value = getattr(batch, item.name)
-                if isinstance(value, torch.Tensor) and item.name != "pixel_values":
-                    setattr(batch, item.name, value.numpy())
-        return data
-
-
-def _unshipped(data: StepData) -> StepData:
-    for batch in data.batches:
-        for item in fields(batch):
-            value = getattr(batch, item.name)
-            if isinstance(value, np.ndarray):
-                setattr(batch, item.name, torch.from_numpy(value))
-    return data
-
-
-def _as_it_is(data: StepData) -> StepData:
-    return data

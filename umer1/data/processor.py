@@ -16,7 +16,7 @@ from umer1.data import prompts
 from umer1.data.bad_samples import BadSample
 from umer1.data.images import ImageConfig
 from umer1.data.media import MediaRoot
-from umer1.data.schema import Sequence, Side
+from umer1.data.schema import Prompt, Sequence, Side
 from umer1.data.vision import Vision, VisionLoader, too_long
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.positions import mrope_positions
@@ -111,6 +111,25 @@ class Processor:
         text: the task text alone.  disc_only: cut behind `<disc_emb>`; attention is causal, so its state is the same.
         Raises BadSample.
         """
+        return self._prompt(text, images, videos, media, disc_only)[0]
+
+    def encode_rollout_prompt(
+        self,
+        text: str,
+        images: list[str] | tuple[str, ...],
+        videos: list[list[str]] | tuple[tuple[str, ...], ...],
+        media: MediaRoot | None,
+    ) -> Prompt:
+        """`encode_prompt` with the resized pictures that its patches were cut from.  Raises BadSample."""
+        sequence, visions = self._prompt(text, images, videos, media, disc_only=False)
+        frames = [(vision.is_video, self.vision.patchifier.frames(vision.patches)) for vision in visions]
+        return Prompt(
+            sequence,
+            images=tuple(pictures[0] for is_video, pictures in frames if not is_video),
+            videos=tuple(pictures for is_video, pictures in frames if is_video),
+        )
+
+    def _prompt(self, text, images, videos, media, disc_only: bool) -> tuple[Sequence, list[Vision]]:
         if not isinstance(text, str) or isinstance(images, str) or any(isinstance(paths, str) for paths in videos):
             raise BadSample(
                 "bad_record", "needed are a text, a list of image paths, and a list of lists of frame paths"
@@ -128,7 +147,7 @@ class Processor:
         if self.max_length is not None and len(ids) > self.max_length:
             raise too_long(len(ids), self.max_length)
         target = content_id(text, tuple(images), tuple(tuple(paths) for paths in videos))
-        return self._sequence(ids, None, visions, disc_index, target)
+        return self._sequence(ids, None, visions, disc_index, target), visions
 
     def encode_response(self, prompt: Sequence, response: str | list[int] | torch.Tensor) -> Sequence:
         """`prompt` (encode_prompt, not disc_only) followed by a response, which is supervised.

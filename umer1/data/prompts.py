@@ -32,11 +32,21 @@ ASSISTANT_OPENING = f"{IM_END}\n{IM_START}assistant\n"
 FORMAT = re.compile(r"<think>.*?</think>.*?<answer>.*?<gen_emb>", re.DOTALL)
 
 MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
+_MARKERS_AND_BREAK = re.compile(f"(?:{IMAGE_MARKER}|{VIDEO_MARKER})[ \\t]*\\n?")
 
 
 def user_text(task_text: str) -> str:
     """The text of a user turn: task, `<disc_emb>`, and the suffix that asks for reasoning and `<gen_emb>`."""
     return f"{task_text.strip()}\n{DISC_EMB}\n{SUFFIX}"
+
+
+def task_text(text: str) -> str:
+    """The task alone, out of a plain task or a whole user text: markers, `<disc_emb>` and suffix are left out.
+
+    A marker goes with the line break behind it.  `task_text(user_text(text))` is `text.strip()`.
+    """
+    text = _MARKERS_AND_BREAK.sub("", text).strip()
+    return text.removesuffix(SUFFIX).rstrip().removesuffix(DISC_EMB).strip()
 
 
 def assistant_text(reasoning: str, summary: str) -> str:

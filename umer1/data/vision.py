@@ -21,9 +21,14 @@ _KEPT_BYTES, _KEPT_PICTURE_BYTES, _KEPT_FRAMES = 64 * 2**20, 64 * 2**10, 16
 class Vision:
     """One image or video, ready to stand in a prompt."""
 
-    pixels: torch.Tensor  # float32 [P, patch_dim]
-    grid: tuple[int, int, int]
+    patches: Patches
+    pixels: torch.Tensor  # float32 [P, patch_dim], normalised
     ids: list[int]  # start, pads, end
+    is_video: bool
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.patches.grid
 
 
 def too_long(length: int, limit: int) -> BadSample:
@@ -62,7 +67,7 @@ class VisionLoader:
             if self.max_length is not None and num_tokens > self.max_length:
                 raise too_long(num_tokens, self.max_length)
             ids = [self.special.vision_start, *[pad] * count, self.special.vision_end]
-            visions.append(Vision(self.patchifier.normalised(patches), patches.grid, ids))
+            visions.append(Vision(patches, self.patchifier.normalised(patches), ids, kind == "video"))
         return visions
 
     def _patches(self, kind: str, source: Any, media: MediaRoot, num_tokens: int) -> Patches:
