@@ -11,7 +11,15 @@ from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import build_model
-from umer1.models.qwen2_vl.weights import export_hf, load_hf, named_weights, save_hf, stored_dtype
+from umer1.models.qwen2_vl.weights import (
+    export_hf,
+    load_hf,
+    load_stream,
+    named_weights,
+    save_hf,
+    stored_dtype,
+    stream_hf,
+)
 from umer1.testing import run_distributed
 
 
@@ -80,9 +88,26 @@ CASES = {
 }
 
 
+def stream_trip(path, layout):
+    """One rank: import, stream, fill a second model from the stream; (what streamed, the second model's export)."""
+    directory = HFDirectory.open(path)
+    parallel = ParallelConfig(**layout)
+    with init_distributed(parallel) as state:
+        models, others = (
+            build_model(directory.config, parallel, state, params_dtype=stored_dtype(directory)) for _ in range(2)
+        )
+        load_hf(models, directory, state)
+        with torch.no_grad():
+            for parameter in named_weights(others).values():
+                parameter.fill_(float("nan"))
+        streamed = {name: tensor.clone() for name, tensor in stream_hf(models, state)}
+        load_stream(others, iter(streamed.items()), directory.config, state)
+        return streamed, {name: tensor.clone() for name, tensor in export_hf(others, state)}
+
+
 def round_trips(cases):
     """One rank: several layouts, one after the other (starting processes costs more than the work)."""
-    return [round_trip(path, layout) for path, layout in cases]
+    return [(round_trip(path, layout), *stream_trip(path, layout)) for path, layout in cases]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -93,8 +118,41 @@ def test_round_trip_is_bit_exact(tmp_path, world_size):
     ranks = [round_trips(cases)] if world_size == 1 else run_distributed(round_trips, world_size, cases)
     for index, name in enumerate(names):
         print(name)  # shown when it fails
-        _assert_same(ranks[0][index], _expected(paths[index]))
-        assert all(not rank[index] for rank in ranks[1:])
+        want = _expected(paths[index])
+        exported, _, refilled = ranks[0][index]
+        _assert_same(exported, want)
+        _assert_same(refilled, want)
+        for rank in ranks:
+            _assert_same(rank[index][1], want)
+        assert all(not rank[index][0] for rank in ranks[1:])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stream_with_wrong_tensors_is_refused(tmp_path, tied):
+    directory = HFDirectory.open(make_tiny_directory(tmp_path / "tiny", tied=tied))
+    parallel = ParallelConfig()
+    with init_distributed(parallel) as state:
+        models = build_model(directory.config, parallel, state, params_dtype=torch.float32)
+        load_hf(models, directory, state)
+        good = {name: tensor.clone() for name, tensor in stream_hf(models, state)}
+
+        def fill(items):
+            load_stream(models, items, directory.config, state)
+
+        fill(reversed(good.items()))
+        _assert_same({name: tensor.clone() for name, tensor in export_hf(models, state)}, good)
+        some = "model.layers.1.self_attn.k_proj.weight"
+        with pytest.raises(ValueError, match=f"1 tensors did not come: {some}"):
+            fill((name, tensor) for name, tensor in good.items() if name != some)
+        with pytest.raises(ValueError, match="surprise is not a tensor"):
+            fill([*good.items(), ("surprise", torch.zeros(2))])
+        with pytest.raises(ValueError, match=f"{some} came twice"):
+            fill([*good.items(), (some, good[some])])
+        with pytest.raises(ValueError, match=r"has shape \[3\], expected \[64\]"):
+            fill((good | {"model.norm.weight": torch.zeros(3)}).items())
+        if tied:
+            with pytest.raises(ValueError, match="lm_head.weight is not a tensor"):
+                fill([*good.items(), ("lm_head.weight", good["model.embed_tokens.weight"])])
 
 
 def test_mixed_dtypes_are_held_exactly(tmp_path):

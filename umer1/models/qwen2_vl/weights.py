@@ -1,10 +1,11 @@
-"""Weights between a Hugging Face directory and Qwen2VL modules, bit for bit, at any TP / PP / VPP.
+"""Weights between Hugging Face tensors and Qwen2VL modules, bit for bit, at any TP / PP / VPP.
 
-Import: every rank reads only its own slices.  Export: collective, one tensor at a time; rank 0 gets each whole.
+Import: from a directory, of which every rank reads only its own slices, or from a stream of whole tensors.
+Export: collective, one row of the weight table at a time; rank 0 gets each tensor whole, of a stream every rank.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import MAX_SHARD_BYTES, DirectoryWriter, destination_problem
 from umer1.models.qwen2_vl.safetensors_index import DTYPE_BYTES
+from umer1.models.qwen2_vl.weight_shards import Assembler, cut, exported_rows
 from umer1.models.qwen2_vl.weight_table import Row, first_name, hf_shapes, hub_name, rows
 
 logger = logging.getLogger(__name__)
@@ -62,24 +64,68 @@ def export_hf(models: list[torch.nn.Module], parallel: ParallelState) -> Iterato
     if parallel.dp_rank != 0:
         return
     config = unwrap(models[0]).model_config
-    by_name = named_weights(models)
-    owner = _owners(list(by_name), parallel)
+    assembler = Assembler(named_weights(models), config, parallel)
+    for row in exported_rows(config):
+        for name, tensor in zip(row.hf, assembler.assemble(row), strict=parallel.rank == 0):
+            yield name, tensor.cpu()
+
+
+def stream_hf(models: list[torch.nn.Module], parallel: ParallelState) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (Hub name, whole tensor on `parallel.device`) on EVERY rank; order and dtype as `export_hf`'s.
+
+    Collective over the world: every rank must exhaust the iterator, one that leaves early leaves the others waiting.
+    A rank holds one row of the table at a time.  What is yielded may be a parameter itself: copy it, don't write to it.
+    """
+    config = unwrap(models[0]).model_config
+    weights = named_weights(models)
+    dtype = next(iter(weights.values())).dtype
+    assembler = Assembler(weights, config, parallel) if parallel.dp_rank == 0 else None
     shapes = hf_shapes(config)
-    for row in rows(config):
-        if row.name == "output_layer.weight" and config.tie_word_embeddings:
-            continue
-        stage = owner[row.name]
-        parts = _gather(by_name[row.name].detach(), row, config, parallel) if parallel.pp_rank == stage else None
-        if parallel.tp_rank != 0 or parallel.pp_rank not in (0, stage):
-            continue
+    for row in exported_rows(config):
+        whole = assembler.assemble(row) if assembler else []
         for index, name in enumerate(row.hf):
-            tensor = parts[index] if parts else torch.empty(0)
-            if stage != 0:
-                tensor = _send_to_first_stage(tensor, shapes[name], stage, models, parallel)
-            if parallel.rank == 0:
-                if tuple(tensor.shape) != shapes[name]:
-                    raise AssertionError(f"{name}: {tuple(tensor.shape)} exported, {shapes[name]} expected")
-                yield name, tensor.cpu()
+            first = parallel.rank == 0
+            tensor = whole[index] if first else torch.empty(shapes[name], dtype=dtype, device=parallel.device)
+            if parallel.world_size > 1:
+                dist.broadcast(tensor, src=0)
+            yield name, tensor
+
+
+def load_stream(
+    models: list[torch.nn.Module],
+    stream: Iterable[tuple[str, torch.Tensor]],
+    config: Qwen2VLConfig,
+    parallel: ParallelState,
+) -> None:
+    """Fill this rank's chunks from (Hub name, whole tensor) in any order; values are cast to each parameter's dtype.
+
+    Not collective: each rank cuts its share out of its own stream.  Only the tensors of rows that are not yet complete
+    are held (with the table's order, of one row).  Raises ValueError for a name that is unexpected, doubled or missing
+    and for a wrong shape; parameters that were filled before stay filled.
+    """
+    by_name, shapes = named_weights(models), hf_shapes(config)
+    wanted: dict[str, list[Row]] = {}
+    for row in rows(config):
+        for name in row.hf if row.name in by_name else ():
+            wanted.setdefault(name, []).append(row)
+    seen: set[str] = set()
+    shares: dict[str, dict[str, list[torch.Tensor]]] = {}  # row -> Hugging Face name -> this rank's share
+    with torch.no_grad():
+        for name, tensor in stream:
+            if name not in shapes or name in seen:
+                raise ValueError(f"{name} {'came twice' if name in seen else 'is not a tensor of this model'}")
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}")
+            seen.add(name)
+            for row in wanted.get(name, ()):
+                parameter, held = by_name[row.name], shares.setdefault(row.name, {})
+                held[name] = cut(tensor, shapes[name], row, parameter.shape[0], parallel)
+                if len(held) == len(row.hf):
+                    parameter.copy_(row.layout.fuse([part for n in row.hf for part in held[n]], config))
+                    del shares[row.name]
+    missing = [name for name in shapes if name not in seen]
+    if missing:
+        raise ValueError(f"{len(missing)} tensors did not come: {', '.join(missing[:10])}")
 
 
 def save_hf(
@@ -143,9 +189,12 @@ class _Reader:
         self.handles: dict[Path, Any] = {}
 
     def read(self, row: Row, local_rows: int) -> torch.Tensor:
-        if row.layout.vocabulary:
-            return self._vocabulary(row.hf[0], local_rows, is_head=row.name == "output_layer.weight")
-        parts = [part for name in row.hf for part in self._share(name, row.layout.axis, row.layout.sections)]
+        parts = []
+        for name in row.hf:
+            source, shape = self._slice(name)
+            parts += cut(source, shape, row, local_rows, self.parallel)
+            if row.layout.vocabulary:
+                self._add_tokens(parts[0], source, shape[0], is_head=row.name == "output_layer.weight")
         return row.layout.fuse(parts, self.directory.config)
 
     def _slice(self, name: str):
@@ -154,30 +203,15 @@ class _Reader:
             self.handles[entry.file] = self.stack.enter_context(safe_open(str(entry.file), framework="pt"))
         return self.handles[entry.file].get_slice(stored_name), entry.shape
 
-    def _share(self, name: str, axis: int | None, sections: int) -> list[torch.Tensor]:
-        """This rank's even share along `axis` of each of `sections` blocks of rows."""
-        source, shape = self._slice(name)
-        if axis is None:
-            return [source[:]]
-        size, rank = self.parallel.tp_size, self.parallel.tp_rank
-        block = shape[axis] // sections
-        share = block // size
-        begins = [section * block + rank * share for section in range(sections)]
-        return [source[b : b + share] if axis == 0 else source[:, b : b + share] for b in begins]
-
-    def _vocabulary(self, name: str, local_rows: int, *, is_head: bool) -> torch.Tensor:
-        """Rows [rank * local_rows, ...): the file's, then those of added tokens, then zeros."""
-        source, (file_rows, hidden) = self._slice(name)
+    def _add_tokens(self, table: torch.Tensor, source: Any, file_rows: int, *, is_head: bool) -> None:
+        """Start the rows of added tokens in this rank's part of a table."""
+        local_rows = table.shape[0]
         begin = self.parallel.tp_rank * local_rows
-        end = min(begin + local_rows, file_rows)
-        table = source[begin:end] if begin < end else source[0:0]
-        table = torch.cat([table, table.new_zeros(local_rows - table.shape[0], hidden)])
         # An untied head keeps its spare rows as they are; only rows that it never had need a start.
         untied_head = is_head and not self.directory.config.tie_word_embeddings
         for row, start in self.directory.initial_rows.items():
             if begin <= row < begin + local_rows and not (untied_head and row < file_rows):
                 table[row - begin] = source[start : start + 1][0]
-        return table
 
 
 def _check_tensors(directory: HFDirectory) -> None:
@@ -208,45 +242,3 @@ def _check_tensors(directory: HFDirectory) -> None:
         shown = "\n".join(f"  - {problem}" for problem in problems[:50])
         more = f"\n  - and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise UserError(f"{directory.path}: the weights do not fit config.json:\n{shown}{more}")
-
-
-def _owners(names: list[str], parallel: ParallelState) -> dict[str, int]:
-    """Table name -> first pipeline stage that holds it (the tied table is on the first and the last)."""
-    stages: list[list[str]] = [names]
-    if parallel.pp_size > 1:
-        stages = [[] for _ in range(parallel.pp_size)]
-        dist.all_gather_object(stages, names, group=parallel.groups.pp)
-    return {name: stage for stage in reversed(range(len(stages))) for name in stages[stage]}
-
-
-def _gather(local: torch.Tensor, row: Row, config: Qwen2VLConfig, parallel: ParallelState) -> list[torch.Tensor] | None:
-    """The row's Hugging Face tensors, whole, on tensor-parallel rank 0; None on the others."""
-    shards = [local]
-    if parallel.tp_size > 1 and row.layout.axis is not None:
-        first = parallel.tp_rank == 0
-        shards = [torch.empty_like(local) for _ in range(parallel.tp_size)] if first else None
-        dist.gather(local.contiguous(), shards, group=parallel.groups.tp, group_dst=0)
-    if parallel.tp_rank != 0:
-        return None
-    pieces = [row.layout.split(shard, config) for shard in shards]
-    parts = [
-        torch.cat(same, dim=row.layout.axis or 0) if len(same) > 1 else same[0] for same in zip(*pieces, strict=True)
-    ]
-    if row.layout.sections > 1:
-        parts = [torch.cat(parts)]
-    if row.layout.vocabulary:
-        parts = [part[: config.vocab_size] for part in parts]
-    return [part.contiguous() for part in parts]
-
-
-def _send_to_first_stage(
-    tensor: torch.Tensor, shape: tuple[int, ...], stage: int, models: list[torch.nn.Module], parallel: ParallelState
-) -> torch.Tensor:
-    """From stage `stage` to stage 0 of this pipeline; returns what arrived (on the sender: what was sent)."""
-    if parallel.pp_rank == stage:
-        dist.send(tensor, group=parallel.groups.pp, group_dst=0)
-        return tensor
-    dtype = next(iter(named_weights(models).values())).dtype
-    received = torch.empty(shape, dtype=dtype, device=parallel.device)
-    dist.recv(received, group=parallel.groups.pp, group_src=stage)
-    return received
