@@ -40,9 +40,33 @@ class Model:
 
 
 @dataclass(kw_only=True, slots=True)
+class Part:
+    """One of several"""
+
+    name: str
+    """What it is."""
+    weight: float = 1.0
+    """What it counts."""
+    limit: int | None = None
+    """At most."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Mixture:
+    """What is mixed"""
+
+    parts: list[Part] = field(default_factory=lambda: [Part(name="flour"), Part(name="water", weight=0.5)])
+    """The parts."""
+
+    def violations(self):
+        return []
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     model: Model = field(default_factory=Model)
     speed: Speed = field(default_factory=Speed)
+    mixture: Mixture = field(default_factory=Mixture)
 
     def violations(self):
         return self.speed.violations()
@@ -107,3 +131,56 @@ def test_help_names_every_flag_and_default():
     text = help_text(Config, "Intro.")
     assert "--lr  (default: 0.001)" in text and "--train-vision / --freeze-vision" in text
     assert field_help(Speed)["warmup"] == "Warm-up, over two lines."
+
+
+def test_a_list_of_maps_from_yaml_and_from_a_flag(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("mixture:\n  parts:\n  - name: salt\n    weight: 1e-3\n  - {name: 7, limit: 2}\n")
+    config = load_config(Config, ["--config", str(path)])
+    assert config.mixture.parts == [Part(name="salt", weight=1e-3), Part(name="7", limit=2)]
+    path.write_text(to_yaml(config))
+    assert load_config(Config, ["--config", str(path)]) == config
+    flags = ["--config", str(path), "--parts", "[{name: 'a:b', weight: 2}]"]
+    assert load_config(Config, flags).mixture.parts == [Part(name="a:b", weight=2.0)]
+    assert load_config(Config, ["--parts", "[]"]).mixture.parts == []
+    assert load_config(Config, []).mixture == Mixture()
+
+
+@pytest.mark.parametrize(
+    "text,problems",
+    [
+        ("[{name: a, wieght: 2, weight: x}, {weight: 1}, 3]", 4),
+        ("[{name: a}, {name: {b: 1}, limit: 1.5}]", 2),
+        ("{name: a}", 1),
+        ("[{name: a", 1),
+        ("none", 1),
+        ("a", 1),
+    ],
+)
+def test_each_fault_of_a_list_is_said(tmp_path, text, problems):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"parts: {text}\n" if text != "[{name: a" else "parts: '[{name: a'\n")
+    for arguments in (["--parts", text], ["--config", str(path)]):
+        with pytest.raises(ConfigError) as caught:
+            load_config(Config, [*arguments, "--lr", "-1"])
+        assert len(caught.value.violations) == problems + 1, str(caught.value)
+        assert all("parts" in problem for problem in caught.value.violations[:-1])
+
+
+def test_a_fault_of_a_list_names_place_and_rule():
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, ["--parts", "[{name: a, wieght: 2, weight: x}, {weight: 1}, 3]"])
+    text = str(caught.value)
+    for part in (
+        "unknown setting parts[0].wieght; legal are name, weight, limit",
+        "parts[0].weight='x' must be a number",
+        "parts[1].name is missing",
+        "parts must be a list of maps like [{name: ..., weight: ..., limit: ...}]; parts[2]=3 is no map",
+    ):
+        assert part in text, text
+
+
+def test_help_shows_a_list_as_one_types_it():
+    shown = "[{name: flour, weight: 1.0, limit: null}, {name: water, weight: 0.5, limit: null}]"
+    assert f"--parts  (default: {shown})" in help_text(Config, "Intro.")
+    assert load_config(Config, ["--parts", shown]).mixture == Mixture()

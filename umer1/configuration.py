@@ -3,6 +3,9 @@
 A configuration is a dataclass of sections, each section a dataclass beside the code it configures.  The string under
 a field is its help text.  Field names are unique over the sections, so a YAML file may be flat or grouped by section,
 and a flag is the field's name with dashes: `tensor_model_parallel_size` <-> `--tensor-model-parallel-size`.
+
+A field may be a list of a further dataclass: a list of maps in YAML, and the same on one line as a flag,
+`--rewards '[{name: format, weight: 1.0}]'`.
 """
 
 import ast
@@ -54,7 +57,9 @@ def field_types(config_class: type) -> dict[str, tuple[str, Any]]:
 
 
 def convert(name: str, value: Any, wanted: Any) -> Any:
-    """`value` (a YAML value or a flag's text) as `wanted`; ValueError with the rule when it is not one."""
+    """`value` (a YAML value or a flag's text) as `wanted`; ValueError, an argument for each fault, if it is not."""
+    if typing.get_origin(wanted) is list:
+        return _convert_list(name, value, typing.get_args(wanted)[0])
     options = [wanted]
     if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
         options = list(typing.get_args(wanted))
@@ -97,6 +102,47 @@ def convert(name: str, value: Any, wanted: Any) -> Any:
             raise ValueError(f"{name} must not be empty")
         return str(value)
     raise AssertionError(f"{name}: no rule for {wanted}")
+
+
+def _convert_list(name: str, value: Any, item: type) -> list:
+    """A list of maps, or its YAML text, as instances of the dataclass `item`."""
+    fields = {field.name: field for field in dataclasses.fields(item)}
+    rule = f"{name} must be a list of maps like [{{{', '.join(f'{key}: ...' for key in fields)}}}]"
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{rule}; {value!r} is not valid YAML") from None
+    if not isinstance(value, list):
+        raise ValueError(f"{rule}; {value!r} is no list")
+    hints = typing.get_type_hints(item)
+    problems: list[str] = []
+    items = []
+    for number, entry in enumerate(value):
+        where = f"{name}[{number}]"
+        if not isinstance(entry, dict):
+            problems.append(f"{rule}; {where}={entry!r} is no map")
+            continue
+        known = {}
+        for key, part in entry.items():
+            if key not in fields:
+                problems.append(f"unknown setting {where}.{key}; legal are {', '.join(fields)}")
+                continue
+            try:
+                known[key] = convert(f"{where}.{key}", part, hints[key])
+            except ValueError as error:
+                problems += error.args
+        absent = [key for key, field in fields.items() if _required(field) and key not in entry]
+        problems += [f"{where}.{key} is missing" for key in absent]
+        if not problems:
+            items.append(item(**known))
+    if problems:
+        raise ValueError(*problems)
+    return items
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _nearest(name: str, legal: list[str]) -> str:
@@ -213,7 +259,7 @@ def load_config(
         try:
             grouped[section][name] = convert(name, value, wanted)
         except ValueError as error:
-            problems.append(str(error))
+            problems += error.args
     config = config_class(**{name: section(**grouped[name]) for name, section in sections(config_class).items()})
     problems += config.violations()
     problems += [problem for problem in further(config) if problem not in problems]
@@ -225,6 +271,15 @@ def load_config(
 def to_yaml(config: Any) -> str:
     """The resolved configuration, grouped by section; `read_yaml` reads it back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _shown(value: Any) -> str:
+    """A default as one would type it."""
+    if not isinstance(value, list):
+        return str(value)
+    return yaml.safe_dump(
+        list(map(dataclasses.asdict, value)), default_flow_style=True, sort_keys=False, width=10**6
+    ).strip()
 
 
 def help_text(config_class: type, intro: str) -> str:
@@ -240,7 +295,7 @@ def help_text(config_class: type, intro: str) -> str:
             if hints[field.name] is bool:
                 negative = next((n for n, f in NEGATIVE_FLAGS.items() if f == field.name), f"no-{flag[2:]}")
                 flag = f"{flag} / --{negative}"
-            lines.append(f"  {flag}  (default: {getattr(defaults, field.name)})")
+            lines.append(f"  {flag}  (default: {_shown(getattr(defaults, field.name))})")
             lines += textwrap.wrap(texts.get(field.name, ""), 110, initial_indent="      ", subsequent_indent="      ")
         lines.append("")
     return "\n".join(lines)
