@@ -91,8 +91,8 @@ class Reference:
         grid = torch.tensor([[len(frames) // 2, *grids[0, 1:].tolist()]])
         return pairs.reshape(-1, 3 * 2 * size * size), grid
 
-    def forward(self, root: Path, human: str, answer: str | None, images: list[str], video: list[str]) -> dict:
-        """last_hidden_state [L, H] after the final norm, logits [L, V], token ids, and the prompt's length."""
+    def prompt(self, root: Path, human: str, images: list[str], video: list[str]) -> tuple[list[int], dict]:
+        """Token ids of the prompt with all vision pads, and pixels and grids by the model's argument names."""
         inputs: dict[str, torch.Tensor] = {}
         if images:
             inputs["pixel_values"], inputs["image_grid_thw"] = self.pixels(root, images)
@@ -107,14 +107,22 @@ class Reference:
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
             f"<|im_start|>user\n{human}<|im_end|>\n<|im_start|>assistant\n"
         )
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        dtype = self.model.dtype
+        inputs = {key: value.to(dtype) if "pixel" in key else value for key, value in inputs.items()}
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"], inputs
+
+    def kinds(self, row: torch.Tensor) -> torch.Tensor:
+        """What a token stands for: 0 text, 1 image, 2 video."""
+        return (row == self.id("<|image_pad|>")).int() + 2 * (row == self.id("<|video_pad|>")).int()
+
+    def forward(self, root: Path, human: str, answer: str | None, images: list[str], video: list[str]) -> dict:
+        """last_hidden_state [L, H] after the final norm, logits [L, V], token ids, and the prompt's length."""
+        ids, inputs = self.prompt(root, human, images, video)
         length = len(ids)
         if answer is not None:
             ids = ids + self.tokenizer(f"{answer}<|im_end|>", add_special_tokens=False)["input_ids"]
         row = torch.tensor([ids])
-        kinds = (row == self.id("<|image_pad|>")).int() + 2 * (row == self.id("<|video_pad|>")).int()
-        dtype = self.model.dtype
-        inputs = {key: value.to(dtype) if "pixel" in key else value for key, value in inputs.items()}
+        kinds = self.kinds(row)
         hidden = self.model.model(
             input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=kinds, use_cache=False, **inputs
         ).last_hidden_state[0]
