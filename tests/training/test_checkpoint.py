@@ -11,7 +11,6 @@ from tiny_qwen2_vl import make_tiny_directory
 from umer1.checkpoints import layout
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.errors import UserError
-from umer1.losses.contrastive import LossConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.testing import run_distributed
 from umer1.training.build import ModelConfig, build_training_model
@@ -26,7 +25,7 @@ class Run:
         parallel = parallel or ParallelConfig()
         directory = HFDirectory.open(path)
         settings = ModelConfig(fp32=True, train_vision=train_vision)
-        self.models = build_training_model(settings, parallel, LossConfig(), directory, state)
+        self.models = build_training_model(settings, parallel, directory, state)
         self.optimizer, self.scheduler = build_optimizer(
             OptimizerConfig(lr=lr, lr_warmup_iters=0, lr_decay_style="constant"),
             self.models,

@@ -12,7 +12,6 @@ from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.checkpoints import layout
 from umer1.distributed.parallel import ParallelConfig, init_distributed
-from umer1.losses.contrastive import LossConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.training.build import ModelConfig, build_training_model
 from umer1.training.checkpoint import CheckpointConfig, Checkpointer
@@ -26,7 +25,7 @@ def _save_for_ever(path, save, pipe):
     try:
         directory = HFDirectory.open(path)
         with init_distributed(ParallelConfig()) as state:
-            models = build_training_model(ModelConfig(fp32=True), ParallelConfig(), LossConfig(), directory, state)
+            models = build_training_model(ModelConfig(fp32=True), ParallelConfig(), directory, state)
             optimizer, scheduler = build_optimizer(OptimizerConfig(), models, use_distributed_optimizer=True)
             config = CheckpointConfig(save=str(save), keep_latest_checkpoints=2)
             checkpointer = Checkpointer(config, state, directory)

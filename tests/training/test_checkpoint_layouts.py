@@ -9,7 +9,6 @@ import torch
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.distributed.parallel import ParallelConfig, init_distributed
-from umer1.losses.contrastive import LossConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import export_hf
 from umer1.testing import run_distributed
@@ -39,8 +38,8 @@ def run(path, save, layout, *, fp32=True, saves=False, resumes=False, **options)
     parallel = ParallelConfig(**layout)
     with init_distributed(parallel) as state:
         model = ModelConfig(fp32=fp32, bf16=not fp32, train_vision=options.get("train_vision", False))
-        loss = LossConfig(learnable_temperature=options.get("learnable", False))
-        models = build_training_model(model, parallel, loss, directory, state)
+        learnt = 0.02 if options.get("learnable") else None
+        models = build_training_model(model, parallel, directory, state, learnt_temperature=learnt)
         optimizer, scheduler = build_optimizer(
             OptimizerConfig(**ADAM), models, use_distributed_optimizer=parallel.use_distributed_optimizer
         )

@@ -4,7 +4,7 @@ One rank of each tensor- and pipeline-parallel group reads files, so that a pict
 disagree about a bad sample.  Everything that can be wrong with the data raises on all ranks together.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,30 +36,36 @@ def image_config(data: DataConfig, directory: HFDirectory) -> ImageConfig:
     )
 
 
-def build_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState) -> Loader:
-    """The loader of a data-parallel rank's source."""
-    data = config.data
-    processor = Processor(
+def make_processor(data: DataConfig, directory: HFDirectory, max_length: int | None) -> Processor:
+    """The processor that training uses; `max_length` in tokens of one side."""
+    return Processor(
         directory.tokenizer,
         directory.special,
         directory.config,
         image_config(data, directory),
-        data.seq_length,
+        max_length,
         max_frames=data.max_frames,
         blank_image_for_text=data.blank_image_for_text,
     )
-    dataset = PairDataset(data.data_path, data.data_root, processor, max_source_pixels=data.max_source_pixels)
+
+
+def make_sampler(data: DataConfig, dataset: PairDataset, seed: int) -> BlockSampler:
+    """The order of `dataset`."""
     try:
-        sampler = BlockSampler(
-            dataset.name_ids, dataset.names, data.global_batch_size, data.data_block_size, config.run.seed
-        )
+        return BlockSampler(dataset.name_ids, dataset.names, data.global_batch_size, data.data_block_size, seed)
     except UserError as error:
         raise UserError(f"{data.data_path}: {error}") from None
+
+
+def make_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState) -> Loader:
+    """The loader of a data-parallel rank's source."""
+    data = config.data
+    processor = make_processor(data, directory, data.seq_length)
+    dataset = PairDataset(data.data_path, data.data_root, processor, max_source_pixels=data.max_source_pixels)
     interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
-    save = config.checkpoint.save
     maker = StepMaker(
         dataset,
-        sampler,
+        make_sampler(data, dataset, config.run.seed),
         data,
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,
@@ -67,7 +73,12 @@ def build_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState
         micro_batches_multiple_of=state.pp_size if interleaved else 1,
         disc_only=config.loss.weights()[1:] == (0.0, 0.0),
     )
-    return Loader(maker, None if save is None else Path(save) / "bad_samples.jsonl")
+    return Loader(maker, bad_samples_path(config.checkpoint.save))
+
+
+def bad_samples_path(save: str | None) -> str | None:
+    """Where bad samples are listed."""
+    return None if save is None else f"{save}/bad_samples.jsonl"
 
 
 def raise_together(failure: str | None, group: dist.ProcessGroup | None = None) -> None:
@@ -79,17 +90,20 @@ def raise_together(failure: str | None, group: dist.ProcessGroup | None = None) 
         raise UserError(found[0])
 
 
-class BatchSource:
-    """`next()` gives this rank's micro-batches on its device; state and counts go into the checkpoint."""
+class DataSource:
+    """Data of one rank of each tensor- and pipeline-parallel group, and what all ranks have to agree on about it.
 
-    def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
-        self.config, self.state = config, state
+    make: gives that rank's loader; UserErrors of it are raised on all ranks.  State and counts go into the checkpoint.
+    """
+
+    def __init__(self, make: Callable[[], Loader], data: DataConfig, save: str | None, state: ParallelState):
+        self.data, self.state, self.listed_in = data, state, bad_samples_path(save)
         self.is_source = state.tp_rank == 0 and state.pp_rank == 0
         self.loader: Loader | None = None
         failure = None
         if self.is_source:
             try:
-                self.loader = build_loader(config, directory, state)
+                self.loader = make()
             except UserError as error:
                 failure = str(error)
         raise_together(failure)
@@ -99,23 +113,10 @@ class BatchSource:
         """On sources: samples seen and bad ones, over all data-parallel ranks and resumes."""
         return self.loader.counts
 
-    def next(self) -> tuple[list[PackedBatch], bool]:
-        """(micro-batches, whether any data-parallel rank has more than one)."""
-        batches, several, failure = [], False, None
-        if self.is_source:
-            step = self.loader.next()
-            batches = step.batches
-            several, failure = self._agree(len(batches), step.failure)
-        if self.state.tp_size * self.state.pp_size > 1:
-            batches, several, failure = self._send(batches, several, failure)
-        if failure is not None:
-            raise UserError(failure)
-        return [batch.to(self.state.device) for batch in batches], several
-
-    def _agree(self, count: int, own_failure: str | None) -> tuple[bool, str | None]:
-        """Sum the counts over data-parallel sources; why the run has to stop, if it has."""
+    def agree(self, flag: bool, own_failure: str | None) -> tuple[bool, str | None]:
+        """Sum the counts over data-parallel sources; whether any has the flag, and why the run has to stop, if so."""
         group, device = self.state.groups.dp, self.state.device
-        delta = torch.cat([self.counts.take_delta(), torch.tensor([count > 1, own_failure is not None])]).to(device)
+        delta = torch.cat([self.counts.take_delta(), torch.tensor([flag, own_failure is not None])]).to(device)
         dist.all_reduce(delta, group=group)
         self.counts.add(delta[:-2])
         failure = None
@@ -126,35 +127,13 @@ class BatchSource:
             failure = f"{first}. {self.counts.report()}. {self._listed()}Check --data-root and the data file"
         else:
             try:
-                self.counts.check(self.config.data.max_bad_sample_fraction, self._bad_samples_path())
+                self.counts.check(self.data.max_bad_sample_fraction, self.listed_in)
             except UserError as error:
                 failure = str(error)
         return bool(delta[-2]), failure
 
-    def _send(self, batches: list[PackedBatch], several: bool, failure: str | None):
-        """From the source to its tensor- and pipeline-parallel peers; pixels only to the first stage."""
-        group = self.state.groups.mp
-        source = dist.get_process_group_ranks(group)[0]
-        pixels = [batch.pixel_values for batch in batches]
-        for batch in batches:
-            batch.pixel_values = batch.pixel_values[:0]
-        message = [(batches, several, failure, [tuple(tensor.shape) for tensor in pixels])]
-        dist.broadcast_object_list(message, source, group=group)
-        batches, several, failure, shapes = message[0]
-        if self.state.pp_rank == 0:
-            for position, (batch, shape) in enumerate(zip(batches, shapes, strict=True)):
-                mine = pixels[position] if self.is_source else torch.empty(shape)
-                mine = mine.to(self.state.device).contiguous()
-                if mine.numel() and self.state.tp_size > 1:
-                    dist.broadcast(mine, source, group=self.state.groups.tp)
-                batch.pixel_values = mine
-        return batches, several, failure
-
-    def _bad_samples_path(self) -> str | None:
-        return None if self.config.checkpoint.save is None else f"{self.config.checkpoint.save}/bad_samples.jsonl"
-
     def _listed(self) -> str:
-        return f"They are listed in {self._bad_samples_path()}. " if self._bad_samples_path() else ""
+        return f"They are listed in {self.listed_in}. " if self.listed_in else ""
 
     def describe(self) -> str:
         """On sources: what is trained on."""
@@ -183,3 +162,52 @@ class BatchSource:
     def close(self) -> None:
         if self.loader is not None:
             self.loader.close()
+
+
+class BatchSource(DataSource):
+    """SFT: `next()` gives this rank's micro-batches on its device."""
+
+    def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
+        super().__init__(lambda: make_loader(config, directory, state), config.data, config.checkpoint.save, state)
+
+    def next(self) -> tuple[list[PackedBatch], bool]:
+        """(micro-batches, whether any data-parallel rank has more than one)."""
+        batches, several, failure = [], False, None
+        if self.is_source:
+            step = self.loader.next()
+            batches = step.batches
+            several, failure = self.agree(len(batches) > 1, step.failure)
+        if self.state.tp_size * self.state.pp_size > 1:
+            pixels = [batch.pixel_values for batch in batches]
+            for batch in batches:
+                batch.pixel_values = batch.pixel_values[:0]
+            batches, several, failure = send_to_peers((batches, several, failure), self.state)
+            for batch, values in zip(batches, send_pixels(pixels, self.state), strict=True):
+                batch.pixel_values = values
+        if failure is not None:
+            raise UserError(failure)
+        return [batch.to(self.state.device) for batch in batches], several
+
+
+def send_to_peers(value: Any, state: ParallelState) -> Any:
+    """The source's `value`, on all ranks of its tensor- and pipeline-parallel group; for all but pixels."""
+    group = state.groups.mp
+    message = [value]
+    dist.broadcast_object_list(message, dist.get_process_group_ranks(group)[0], group=group)
+    return message[0]
+
+
+def send_pixels(pixels: list[torch.Tensor], state: ParallelState) -> list[torch.Tensor]:
+    """The source's fp32 [P, patch_dim] tensors on the ranks of the first stage, which has the ViT; empty elsewhere."""
+    shapes = send_to_peers([tuple(tensor.shape) for tensor in pixels], state)
+    if state.pp_rank != 0:
+        return [torch.empty(0, *shape[1:]) for shape in shapes]
+    source = dist.get_process_group_ranks(state.groups.mp)[0]
+    arrived = []
+    for position, shape in enumerate(shapes):
+        mine = pixels[position] if state.rank == source else torch.empty(shape)
+        mine = mine.to(state.device).contiguous()
+        if mine.numel() and state.tp_size > 1:
+            dist.broadcast(mine, source, group=state.groups.tp)
+        arrived.append(mine)
+    return arrived

@@ -9,7 +9,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from umer1 import device
 from umer1.distributed.parallel import ParallelConfig, ParallelState
-from umer1.losses.contrastive import LossConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import load_hf
@@ -52,24 +51,25 @@ class ModelConfig:
 def build_training_model(
     model: ModelConfig,
     parallel: ParallelConfig,
-    loss: LossConfig,
     directory: HFDirectory,
     state: ParallelState,
     *,
+    learnt_temperature: float | None = None,
     weights_follow: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's chunks (one a virtual stage), weights loaded, parts frozen, wrapped in megatron's DDP.
 
-    weights_follow: the directory holds none, a checkpoint brings them.
+    learnt_temperature: where a contrastive temperature that is trained starts.  weights_follow: the directory holds
+    none, a checkpoint brings them.
     """
     chunks = build_model(directory.config, parallel, state, params_dtype=model.params_dtype)
     if not weights_follow:
         load_hf(chunks, directory, state)
     for chunk in chunks:
         chunk.set_trainable(model.train_vision)
-    if loss.learnable_temperature and chunks[-1].post_process:
+    if learnt_temperature is not None and chunks[-1].post_process:
         # fp32 whatever the model's dtype: bf16 steps of a logarithm would be coarser than its learning rate.
-        scale = torch.tensor(-math.log(loss.contrastive_temperature), dtype=torch.float32, device=state.device)
+        scale = torch.tensor(-math.log(learnt_temperature), dtype=torch.float32, device=state.device)
         chunks[-1].log_scale = torch.nn.Parameter(scale)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

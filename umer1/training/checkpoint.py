@@ -69,8 +69,8 @@ class CheckpointConfig:
 class Checkpointer:
     """Saves and loads the state of one run; every method but `is_due` is collective."""
 
-    def __init__(self, config: CheckpointConfig, state: ParallelState, assets: HFDirectory):
-        self.config, self.state, self.assets = config, state, assets
+    def __init__(self, config: CheckpointConfig, state: ParallelState, assets: HFDirectory, algorithm: str = "sft"):
+        self.config, self.state, self.assets, self.algorithm = config, state, assets, algorithm
         self.loaded_from: Path | None = None
         problem = None
         if config.save and state.rank == 0:
@@ -99,7 +99,11 @@ class Checkpointer:
             self.assets,
             self.state,
             optimizer=optimizer,
-            extra={"scheduler": scheduler.state_dict() if scheduler else None, "trainer": extra},
+            extra={
+                "algorithm": self.algorithm,
+                "scheduler": scheduler.state_dict() if scheduler else None,
+                "trainer": extra,
+            },
         )
         if self.state.rank == 0:
             directories.prune(self.config.save, self.config.keep_latest_checkpoints)
@@ -107,14 +111,24 @@ class Checkpointer:
     def load(self, models: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
         """Go on from --save's newest valid checkpoint, else from --load's; returns the trainer's state.
 
-        None: there is no checkpoint, or only weights were taken (--finetune, or a checkpoint that holds no more).
+        None: there is no checkpoint, or only weights were taken (--finetune, a checkpoint that holds no more, or one of
+        the other stage under --load).
         Raises UserError when there are checkpoints and none of them is whole.
         """
         path, own = self._choose()
         if path is None:
             return None
         manifest = read_json(path / directories.MANIFEST)
+        extra = read_json(path / "extra.json")
         weights_only = not manifest["optimizer"] or (self.config.finetune and not own)
+        made_by = extra.get("algorithm", "sft") if manifest["optimizer"] else self.algorithm
+        if made_by != self.algorithm:
+            if own:
+                raise UserError(
+                    f"save={self.config.save} holds checkpoints of {made_by}, this run is {self.algorithm}; give "
+                    "another --save, and the old one as --load"
+                )
+            weights_only = True
         self._check_fit(path, manifest, models, None if weights_only else optimizer)
         read_sharded(path, models, None if weights_only else optimizer, self.state)
         self.loaded_from = path
@@ -122,7 +136,6 @@ class Checkpointer:
             optimizer.reload_model_params()
             self._say(f"weights from {path}; optimizer, schedule and iteration start anew")
             return None
-        extra = read_json(path / "extra.json")
         scheduler.load_state_dict(extra["scheduler"])
         if manifest["layout"] == _layout(self.state):
             set_rng_state(read_json(path / "rng.json")[self.state.rank])

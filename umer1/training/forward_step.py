@@ -18,6 +18,7 @@ from umer1.data.schema import PackedBatch
 from umer1.losses.contrastive import MAX_LOGIT_SCALE, ContrastiveGradients, LossConfig, contrastive_gradients
 from umer1.losses.language_model import cross_entropy_sums
 from umer1.models.embedding import read_embedding
+from umer1.models.qwen2_vl.weights import unwrap
 
 NUM_STATISTICS = 4  # of local_infonce
 
@@ -45,11 +46,6 @@ class SFTStep:
         """The kinds of embeddings that carry a loss, with its weight."""
         disc, gen, _ = self.config.weights()
         return [(name, weight) for name, weight in (("disc", disc), ("gen", gen)) if weight > 0]
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The Qwen2VL inside megatron's DDP wrapper."""
-    return model.module if hasattr(model, "ddp_config") else model
 
 
 def run_model(batch: PackedBatch, model: torch.nn.Module, train_vision: bool) -> torch.Tensor:

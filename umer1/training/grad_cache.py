@@ -11,12 +11,13 @@ is the specification.
 from functools import partial
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState
 from umer1.losses.contrastive import ContrastiveGradients, contrastive_gradients
-from umer1.training.forward_step import NUM_STATISTICS, SFTStep, current_log_scale, embed_step, loss_step, unwrap
+from umer1.models.qwen2_vl.weights import unwrap
+from umer1.training.forward_step import NUM_STATISTICS, SFTStep, current_log_scale, embed_step, loss_step
+from umer1.training.schedule import run_schedule
 
 
 def forward_backward(
@@ -28,28 +29,13 @@ def forward_backward(
     Returns fp32 [K + 2 + 4K] as `sft_loss` has them, summed over micro-batches; zeros where the last stage is not.
     """
     if step.config.cached_contrastive and several and step.kinds:
-        embeddings = dict(run_schedule(models, batches, partial(embed_step, step=step), state, embed_only=True))
+        embeddings = dict(run_schedule(models, batches, partial(embed_step, step=step), state, forward_only=True))
         if embeddings:
             step.gradients = cached_gradients(embeddings, batches, step, unwrap(models[-1]))
     numbers = run_schedule(models, batches, partial(loss_step, step=step), state)
     if numbers:
         return torch.stack(numbers).sum(0)
     return torch.zeros(len(step.kinds) * (1 + NUM_STATISTICS) + 2, device=state.device)
-
-
-def run_schedule(models, batches: list[PackedBatch], step_func, state: ParallelState, embed_only: bool = False) -> list:
-    """Megatron's schedule (none, 1F1B or interleaved) over the micro-batches; what the last stage returned."""
-    iterators = [iter(batches) for _ in models]
-    return get_forward_backward_func()(
-        forward_step_func=step_func,
-        data_iterator=iterators if len(models) > 1 else iterators[0],
-        model=models if len(models) > 1 else models[0],
-        num_microbatches=len(batches),
-        seq_length=len(batches[0].input_ids),
-        micro_batch_size=1,
-        forward_only=embed_only,
-        collect_non_loss_data=embed_only,
-    )
 
 
 def cached_gradients(

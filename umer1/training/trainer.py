@@ -1,0 +1,176 @@
+"""What both training stages do alike: resume and save, leave on a signal, skip a bad step, talk to people."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from umer1 import device
+from umer1.configuration import to_yaml
+from umer1.distributed.parallel import ParallelState
+from umer1.errors import UserError
+from umer1.evaluation.curves import plot_training
+from umer1.files import write_text
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.weights import save_hf, unwrap
+from umer1.training.batches import DataSource
+from umer1.training.checkpoint import Checkpointer
+from umer1.training.metrics import MetricsLogger
+from umer1.training.optimizer import build_optimizer
+from umer1.training.signals import SignalWatch
+
+
+class Trainer:
+    """The state of a run: models, optimizer, place in the data, counters.  A stage adds its loop and its step.
+
+    config: SFTConfig or GRPOConfig; the sections used here are in both.
+    """
+
+    algorithm: str  # "sft" or "grpo", kept in the checkpoint
+
+    def __init__(
+        self,
+        config: Any,
+        directory: HFDirectory,
+        state: ParallelState,
+        source: DataSource,
+        models: list[torch.nn.Module],
+    ):
+        self.config, self.directory, self.state, self.source, self.models = config, directory, state, source, models
+        self.optimizer, self.scheduler = build_optimizer(
+            config.optimizer, models, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+        )
+        self.checkpointer = Checkpointer(config.checkpoint, state, assets=directory, algorithm=self.algorithm)
+        self.iteration, self.skipped, self.skipped_in_a_row, self.nan = 0, 0, 0, 0
+        self.logger: MetricsLogger | None = None
+
+    # ------------------------------------------------------------------------------------------ state and record
+
+    def resume(self) -> bool:
+        """Go on from the newest valid checkpoint, if there is one: model, optimizer, schedule, data, counts, RNG."""
+        found = self.checkpointer.load(self.models, self.optimizer, self.scheduler)
+        if found is None:
+            return False
+        self.iteration = found["iteration"]
+        self.skipped, self.skipped_in_a_row, self.nan = found["skips"]
+        self.source.load_state_dict(found["batches"])
+        self.say(f"resumed at iteration {self.iteration} from {self.checkpointer.loaded_from}")
+        return True
+
+    def open_logs(self) -> None:
+        """Rank 0: the resolved configuration and the record, beside the checkpoints."""
+        if self.state.rank == 0:
+            directory, settings = self.config.checkpoint.save, to_yaml(self.config)
+            if directory:
+                write_text(f"{directory}/config.yaml", settings)
+            self.logger = MetricsLogger(self.config.logging, directory, self.iteration, {"config": settings})
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Weights as the last step left them: with overlapped gathers they arrive only at the next forward."""
+        overlapped = [model for model in self.models if model.ddp_config.overlap_param_gather]
+        for model in overlapped:
+            model.disable_forward_pre_hook(param_sync=True)
+        yield
+        for model in overlapped:
+            model.enable_forward_pre_hook()
+
+    def save(self) -> None:
+        extra = {
+            "iteration": self.iteration,
+            "skips": [self.skipped, self.skipped_in_a_row, self.nan],
+            "batches": self.source.state_dict(),
+        }
+        with self.settled():
+            self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra)
+
+    def agree_on_signal(self, signals: SignalWatch) -> int:
+        """The signal that any rank has received, 0 for none."""
+        number = torch.tensor([signals.received], device=self.state.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    def note_skip(self, moved: bool, finite: bool, grad_norm: float) -> None:
+        """Count a skipped step; several in a row stop the run, with the last good weights saved."""
+        self.skipped += not moved
+        self.nan += not finite
+        self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
+        if not moved:
+            what = "loss" if not finite else f"gradient norm ({grad_norm})"
+            self.say(f"iteration {self.iteration}: non-finite {what}; the step is skipped on all ranks")
+        if self.skipped_in_a_row >= self.config.optimizer.max_consecutive_skips:
+            self.save()
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient, the limit of "
+                f"--max-consecutive-skips; the weights of before are saved{self.hint()}. Try a smaller --lr or --bf16"
+            )
+
+    # ------------------------------------------------------------------------------------------------ for people
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.config.optimizer.train_iters
+
+    def progress(self, seconds: float, steps: int) -> dict[str, Any]:
+        """What every record says: where the run stands and how fast it is; `seconds` for the last `steps` steps."""
+        config = self.config
+        return {
+            "iteration": self.iteration,
+            "train_iters": config.optimizer.train_iters,
+            "consumed_samples": self.iteration * config.data.global_batch_size,
+            "global_batch_size": config.data.global_batch_size,
+            "milliseconds": 1000 * seconds / steps,
+            "skipped_iterations": self.skipped,
+            "nan_iterations": self.nan,
+            "memory_mib": device.memory_gib() * 1024,
+            "bad_samples": self.source.counts.bad,
+            "eta_seconds": (config.optimizer.train_iters - self.iteration) * seconds / steps,
+        }
+
+    def say(self, text: str) -> None:
+        if self.state.rank == 0:
+            print(text, flush=True)
+
+    def hint(self) -> str:
+        where = self.config.checkpoint.save
+        return f"; the same command goes on from {where}" if where else "; nothing was saved: there is no --save"
+
+    def banner(self, title: str, rows: dict[str, str]) -> str:
+        """The run in a few lines; `rows` are the stage's own."""
+        config, state = self.config, self.state
+        count = [0, 0]
+        for model in self.models:
+            for parameter in model.parameters():
+                count[0 if parameter.requires_grad else 1] += parameter.numel()
+        everything = {
+            "model": f"{self.origin()} ({count[0] / 1e6:.2f}M parameters trained, {count[1] / 1e6:.2f}M frozen "
+            "on this rank)",
+            "data": self.source.describe(),
+            "layout": f"TP {state.tp_size} x PP {state.pp_size} x DP {state.dp_size}, sequence parallelism "
+            f"{'on' if config.parallel.sequence_parallel else 'off'}, {config.model.params_dtype}, "
+            f"{device.device_name()}",
+            **rows,
+            "steps": f"{self.iteration} of {config.optimizer.train_iters} done",
+            "save": config.checkpoint.save or "nothing (no --save)",
+        }
+        return title + "\n" + "\n".join(f"  {name:20s} {value}" for name, value in everything.items())
+
+    def origin(self) -> str:
+        """Where the first weights came from."""
+        config = self.config
+        return str(config.model.hf_model or config.checkpoint.load or config.model.source)
+
+    def finish(self) -> None:
+        """Export, plot, and say what comes next."""
+        where, save = self.config.model.export_hf, self.config.checkpoint.save
+        if where:
+            with self.settled():
+                save_hf([unwrap(model) for model in self.models], self.directory, where, self.state)
+        if self.state.rank == 0:
+            self.say(self.source.report())
+            if save:
+                plot_training(f"{save}/metrics.jsonl", f"{save}/training.png")
+        if source := where or save:
+            self.say(f"training is complete. Next: umer1 eval --benchmark mini --model {source} --output {source}-eval")
