@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from umer1.errors import UserError
@@ -110,6 +111,28 @@ def test_training_curves(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(UserError, match="no line with an 'iteration'"):
         plot_training(path, tmp_path / "curve.png")
+
+
+def test_grpo_curves(tmp_path, monkeypatch):
+    """Evaluations stand in lines of their own; the reward's terms are drawn under whatever names the run had."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"iteration": 0, "eval_gen_hit1": 0.5}]
+    for step in (1, 2):
+        lines.append({"iteration": step, "reward": 1.0, "reward_format": 1.0, "reward_mine": 0.2, "reward_std": 0.1})
+    lines += [{"iteration": 2, "eval_gen_hit1": 0.75}, {"iteration": 3, "reward": None, "kl": 0.1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, label, **style: drawn.update({label: (x, y)}))
+    monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
+    plot_training(path, tmp_path / "curve.png")
+    assert drawn == {
+        "reward": ((1, 2), (1.0, 1.0)),
+        "reward_format": ((1, 2), (1.0, 1.0)),
+        "reward_mine": ((1, 2), (0.2, 0.2)),
+        "reward_std": ((1, 2), (0.1, 0.1)),
+        "eval_gen_hit1": ((0, 2), (0.5, 0.75)),
+        "kl": ((3,), (0.1,)),
+    }
 
 
 def test_compare_command(tmp_path, capsys):

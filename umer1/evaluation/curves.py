@@ -9,6 +9,8 @@ from umer1.errors import UserError
 from umer1.files import atomic_path
 
 STEP = "iteration"
+MARKED = 40  # so few points are marked: a line through one point shows nothing
+REWARD_PARTS = "reward_*"  # whatever terms the run had
 PANELS = {  # title -> keys of the records
     "loss": ("loss", "disc_loss", "gen_loss", "ce_query", "ce_positive"),
     "recall@1 in the batch": ("disc_recall", "gen_recall"),
@@ -18,16 +20,29 @@ PANELS = {  # title -> keys of the records
         "gen_positive_similarity",
         "gen_negative_similarity",
     ),
+    "reward": ("reward", REWARD_PARTS),
+    "ranking and margin of the rollouts": ("ranking", "margin"),
+    "held out": ("eval_gen_hit1", "eval_gen_margin", "eval_missing_gen_emb_share"),
+    "spread within groups": ("reward_std", "zero_spread_share"),
+    "KL to the reference": ("kl",),
+    "entropy (nats)": ("entropy",),
+    "share of tokens clipped": ("clip_share",),
+    "response length (tokens)": ("response_length", "eval_response_length"),
+    "share of responses": ("cut_off_share", "missing_gen_emb_share", "failed_share"),
+    "engine against trainer: log-probs": ("mismatch_mean", "mismatch_k3"),
+    "engine against trainer: ratio, 99th percentile": ("mismatch_p99", "mismatch_p99_truncated"),
     "gradient norm": ("grad_norm",),
     "learning rate": ("learning_rate",),
-    "tokens per second": ("tokens_per_second",),
+    "tokens per second": ("tokens_per_second", "generated_tokens_per_second", "trained_tokens_per_second"),
+    "seconds per step": ("seconds_rollout", "seconds_score", "seconds_update", "seconds_sync"),
 }
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records that have a step, the last one of each step (a resumed run repeats some), in step order.
+    """One record a step, in step order: its training and its evaluation line put together.
 
-    A torn last line, as a killed run leaves it, is passed over; UserError where nothing can be drawn.
+    A resumed run may repeat a step: its last values count.  A torn last line, as a killed run leaves it, is passed
+    over.  UserError where nothing can be drawn.
     """
     records: dict[int, dict] = {}
     try:
@@ -40,7 +55,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and isinstance(record.get(STEP), int):
-            records[record[STEP]] = record
+            records[record[STEP]] = records.get(record[STEP], {}) | record
     if not records:
         raise UserError(f"{path}: no line with an {STEP!r}; give the metrics.jsonl of a run")
     return [records[step] for step in sorted(records)]
@@ -51,7 +66,7 @@ def plot_training(metrics_jsonl: str | Path, png: str | Path) -> None:
     records = read_metrics(metrics_jsonl)
     panels = {}
     for title, names in PANELS.items():
-        curves = {name: [(r[STEP], r[name]) for r in records if r.get(name) is not None] for name in names}
+        curves = {name: _points(records, name) for name in _written_out(names, records)}
         curves = {name: points for name, points in curves.items() if points}
         if curves:
             panels[title] = curves
@@ -63,7 +78,8 @@ def plot_training(metrics_jsonl: str | Path, png: str | Path) -> None:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
         for name, points in curves.items():
-            axes.plot(*zip(*points, strict=True), linewidth=1, label=name)
+            few = len(points) <= MARKED
+            axes.plot(*zip(*points, strict=True), linewidth=1, marker="." if few else None, label=name)
         axes.set_title(title, fontsize=9)
         axes.set_xlabel(STEP, fontsize=8)
         axes.legend(fontsize=7)
@@ -71,3 +87,16 @@ def plot_training(metrics_jsonl: str | Path, png: str | Path) -> None:
         axes.set_axis_off()
     with atomic_path(png) as aside:
         figure.savefig(aside, format="png", dpi=120)
+
+
+def _points(records: list[dict], name: str) -> list[tuple[int, float]]:
+    return [(record[STEP], record[name]) for record in records if isinstance(record.get(name), (int, float))]
+
+
+def _written_out(names: tuple[str, ...], records: list[dict]) -> list[str]:
+    """The keys of a panel, with the reward's terms as the records have them."""
+    if REWARD_PARTS not in names:
+        return list(names)
+    drawn = {name for panel in PANELS.values() for name in panel}
+    terms = dict.fromkeys(key for record in records for key in record if key.startswith(REWARD_PARTS[:-1]))
+    return [name for name in names if name != REWARD_PARTS] + [term for term in terms if term not in drawn]
