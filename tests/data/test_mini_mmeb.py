@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,24 @@ from umer1.data.dataset import PairDataset
 from umer1.data.images import ImageConfig
 from umer1.data.mini_base import mini_base_path
 from umer1.data.mini_mmeb import make_mini_mmeb
-from umer1.data.mini_tasks import HOP_TASKS, NUM_ANSWERS, TASKS, Teacher, is_held_out, sample_board, sample_question
+from umer1.data.mini_tasks import (
+    HOP_TASKS,
+    NUM_ANSWERS,
+    TASKS,
+    Teacher,
+    digit_word,
+    is_held_out,
+    key_word,
+    sample_board,
+    sample_question,
+)
 from umer1.data.processor import Processor
+from umer1.data.rl_dataset import PromptDataset
 from umer1.errors import ConfigError, UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 
-SMALL = dict(num_train_pairs=160, num_eval_queries=12)
+SMALL = dict(num_train_pairs=160, num_eval_queries=12, num_rl_pairs=80, num_rl_eval_pairs=64)
+RL_FILES = ("rl.json", "rl_eval.json")
 BRACKETS = re.compile(r"<answer>(.*)<gen_emb>$")
 
 
@@ -28,6 +42,10 @@ def root(tmp_path_factory):
 
 def files(root):
     return {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def rl_records(root, names=RL_FILES):
+    return [record for name in names for record in json.loads((root / name).read_text())]
 
 
 def lines(path):
@@ -46,6 +64,85 @@ def test_every_record_is_accepted_by_the_data_pipeline(root):
         for side in (pair.query, pair.positive):
             assert side.input_ids[side.gen_index] == directory.special.gen_emb
             assert len(side) < 80, "a side must be short enough for two CPU cores"
+
+
+@pytest.mark.parametrize("name, count", [("rl.json", 80), ("rl_eval.json", 64)])
+def test_every_rl_record_is_accepted_by_the_data_pipeline(root, name, count):
+    directory = HFDirectory.open(mini_base_path())
+    images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
+    dataset = PromptDataset(
+        root / name, root, Processor(directory.tokenizer, directory.special, directory.config, images)
+    )
+    assert len(dataset) == count and Counter(dataset.name_ids.tolist()) == dict.fromkeys(range(4), count // 4)
+    assert dataset.names == tuple(f"mini-{task}" for task in TASKS)
+    pairs = [dataset[index] for index in range(count)]
+    assert {len(prompt.images) for pair in pairs for prompt in (pair.query, pair.positive)} == {0, 1}
+    frames = {video.shape[0] for pair in pairs if pair.dataset == "mini-vid" for video in pair.query.videos}
+    assert frames == {4}
+    assert max(len(prompt.sequence) for pair in pairs for prompt in (pair.query, pair.positive)) < 60
+
+
+def test_rl_records_have_the_real_format(root):
+    keys = ["dataset", "dataset_name", "qry_text", "qry_image", "qry_video"]
+    keys += ["pos_text", "pos_image", "pos_video", "solution"]
+    for record in rl_records(root):
+        assert list(record) == keys and record["dataset"] == "mini-MMEB" and record["solution"]
+        for side in ("qry", "pos"):
+            text, image, video = (record[f"{side}_{part}"] for part in ("text", "image", "video"))
+            assert not prompts.MARKERS.search(text) and prompts.DISC_EMB not in text
+            assert isinstance(image, str) and isinstance(video, list) and bool(image) + (video != [""]) <= 1
+
+
+def test_rl_pairs_show_boards_that_nothing_else_shows(tmp_path):
+    """Without noise equal boards are equal pictures; about ten mosaics would be common by chance."""
+    sizes = dict(num_train_pairs=6000, num_rl_pairs=1200, num_rl_eval_pairs=192, num_eval_queries=96)
+    root = make_mini_mmeb(tmp_path / "clean", noise=0, **sizes)
+
+    def shown(folder):
+        boards: dict[str, bytes] = {}
+        for path in sorted((root / "images" / folder).rglob("*.png")):
+            if not path.parent.name.endswith("-target"):
+                stem = f"{path.parent.name}/{path.name[:5]}"  # of a clip all frames
+                boards[stem] = boards.get(stem, b"") + path.read_bytes()
+        return list(boards.values())
+
+    evaluation = set()
+    meta = json.loads((root / "eval" / "meta.json").read_text())
+    for task in meta["tasks"].values():
+        for query in lines(root / "eval" / task["queries"]):
+            paths = query.get("video") or [query["image"]]
+            evaluation.add(b"".join((root / path).read_bytes() for path in paths))
+    rl, rl_eval, train = shown("rl"), shown("rl-eval"), set(shown("train"))
+    assert len(rl) == 3 * 75 + 300 and len(rl_eval) == 192
+    assert len(set(rl)) == len(rl) and len(set(rl_eval)) == len(rl_eval)
+    assert not set(rl) & (train | evaluation) and not set(rl_eval) & (train | evaluation | set(rl))
+
+
+def test_rl_answers(root):
+    """Training: none that is held out.  Held-out pairs: a quarter of them, and each answer once."""
+    for task in HOP_TASKS:
+        held_out = set()
+        for answer in range(NUM_ANSWERS):
+            if is_held_out(task, answer):
+                held_out.add(" ".join((key_word(task, answer // 8) + digit_word(answer % 8)).split()))
+        said = [
+            [r["solution"] for r in rl_records(root, [name]) if r["dataset_name"] == f"mini-{task}"]
+            for name in RL_FILES
+        ]
+        assert not set(said[0]) & held_out
+        assert len(set(said[1])) == len(said[1]) == 16 and len(set(said[1]) & held_out) == 4
+    targets = {(r["dataset_name"], r["solution"]): r["pos_image"] for r in rl_records(root, ["rl.json"])}
+    for record in rl_records(root, ["rl.json"]):
+        if record["dataset_name"] in ("mini-img", "mini-doc"):
+            assert targets[record["dataset_name"], record["solution"]] == record["pos_image"], "one picture an answer"
+
+
+def test_other_rl_pairs_change_nothing_else(root, tmp_path):
+    other = files(make_mini_mmeb(tmp_path / "other", **SMALL | {"num_rl_pairs": 40, "num_rl_eval_pairs": 4}))
+    first = files(root)
+    kept = [name for name in first if name.name == "train.json" or name.parts[:2] in (("images", "train"),)]
+    kept += [name for name in first if "eval" in name.parts and name.name != "meta.json"]
+    assert len(kept) > 100 and all(other[name] == first[name] for name in kept)
 
 
 def test_one_cell_is_one_vision_token(root):
@@ -84,7 +181,9 @@ def test_pictures_are_real_png_files_and_none_is_missing_or_left_over(root):
     for path in root.glob("eval/*/*.jsonl"):
         for record in lines(path):
             named |= {record.get("image"), *record.get("video", [])}
-    named.discard(None)
+    for record in rl_records(root):
+        named |= {record["qry_image"], *record["qry_video"], record["pos_image"], *record["pos_video"]}
+    named -= {None, ""}
     assert named == {str(path.relative_to(root)) for path in root.rglob("*.png")}
     for name in named:
         with Image.open(root / name) as picture:
@@ -107,8 +206,12 @@ def test_another_seed_gives_other_training_pairs_and_the_same_evaluation(root, t
     first = files(root)
     evaluation = [name for name in first if "eval" in name.parts and name.suffix in (".png", ".jsonl")]
     assert evaluation and all(other[name] == first[name] for name in evaluation)
-    train = next(name for name in first if name.name == "train.json")
-    assert other[train] != first[train]
+    for name in ("train.json", "rl.json"):
+        path = next(path for path in first if path.name == name)
+        assert other[path] != first[path]
+    pairs = [json.loads(got[Path("rl_eval.json")]) for got in (first, other)]
+    same = sum(left == right for left, right in zip(*pairs, strict=True))
+    assert same >= len(pairs[0]) - 4, "a pair differs only where training has its board"
 
 
 def test_other_settings_replace_and_foreign_directories_are_refused(tmp_path):
@@ -121,8 +224,11 @@ def test_other_settings_replace_and_foreign_directories_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a generated mini-MMEB"):
         make_mini_mmeb(foreign, **SMALL)
     assert (foreign / "chapter.txt").exists()
-    with pytest.raises(ConfigError, match="(?s)max_hops=99.*slip_rate=2"):
-        make_mini_mmeb(tmp_path / "bad", slip_rate=2, max_hops=99)
+    with pytest.raises(
+        ConfigError, match="(?s)num_rl_pairs=0.*num_rl_eval_pairs=500.*10000000 pairs.*max_hops=99.*slip_rate=2"
+    ):
+        many = {"num_train_pairs": 10**7 - 884, "num_rl_eval_pairs": 500}
+        make_mini_mmeb(tmp_path / "bad", slip_rate=2, max_hops=99, num_rl_pairs=0, **many)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mini", "thesis"], "nothing may be left behind"
 
 

@@ -2,6 +2,8 @@
 
     root/manifest.json                 settings, their hash and counts; written last
     root/train.json                    pairs in METHOD's SFT format; data sets mini-img, mini-doc, mini-vid, mini-look
+    root/rl.json                       other pairs in METHOD's RL format, without responses
+    root/rl_eval.json                  held-out pairs in that format, to watch RL by
     root/images/...                    what the records name (paths relative to root)
     root/eval/meta.json                tasks: metric, files, counts
     root/eval/<task>/queries.jsonl     {"id", "text", "image" | "video", "label", "solution", "groups"}
@@ -25,6 +27,7 @@ import numpy as np
 from umer1.atomic_directory import aside_path, remove
 from umer1.data import prompts
 from umer1.data.mini_draw import draw, save_png
+from umer1.data.mini_rl import board_key, held_out_questions, training_questions
 from umer1.data.mini_tasks import (
     HOP_TASKS,
     NUM_ANSWERS,
@@ -43,8 +46,10 @@ from umer1.data.mini_tasks import (
 from umer1.errors import ConfigError, UserError
 from umer1.files import write_json, write_text
 
-FORMAT_VERSION = 1  # part of the settings' hash: raise it when the same settings give other files
+FORMAT_VERSION = 2  # part of the settings' hash: raise it when the same settings give other files
 MANIFEST = "manifest.json"
+MAX_RL_EVAL_PAIRS = 192  # 48 a task, of which 12 have the task's 12 held-out answers
+MAX_PAIRS = 160_000  # a fourth of them are mini-look's, which has 46,656 mosaics to tell apart
 METRICS = {"img": "hit@1", "doc": "ndcg@5", "vid": "hit@1", "look": "hit@1"}
 
 
@@ -58,6 +63,10 @@ class MiniSettings:
     "Seed of the held-out queries and candidates, so that runs with other training pairs share one evaluation."
     num_train_pairs: int = 12_288
     "Training pairs over the four tasks; a multiple of 128 leaves no short blocks of 32 pairs."
+    num_rl_pairs: int = 2_048
+    "Pairs for RL over the four tasks, none of them among the training pairs."
+    num_rl_eval_pairs: int = 128
+    "Held-out pairs to watch RL by, over the four tasks; a quarter of their answers never is one in training."
     num_eval_queries: int = 96
     "Held-out queries per task; a quarter of them has an answer that never is one in training."
     questions_per_board: int = 4
@@ -76,9 +85,21 @@ class MiniSettings:
 
     def violations(self) -> list[str]:
         found = []
-        for name, least in (("num_train_pairs", 4), ("num_eval_queries", 4), ("questions_per_board", 1)):
+        counts = dict.fromkeys(("num_train_pairs", "num_rl_pairs", "num_rl_eval_pairs", "num_eval_queries"), 4)
+        for name, least in (*counts.items(), ("questions_per_board", 1)):
             if getattr(self, name) < least:
                 found.append(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.num_rl_eval_pairs > MAX_RL_EVAL_PAIRS:
+            found.append(
+                f"num_rl_eval_pairs={self.num_rl_eval_pairs} must be at most {MAX_RL_EVAL_PAIRS}: no two of a task "
+                "have the same answer"
+            )
+        total = self.num_train_pairs + self.num_rl_pairs + self.num_rl_eval_pairs + 4 * self.num_eval_queries
+        if total > MAX_PAIRS:
+            found.append(
+                f"num_train_pairs={self.num_train_pairs} and num_rl_pairs={self.num_rl_pairs} make {total} pairs with "
+                f"the held-out ones; at most {MAX_PAIRS} can be told apart"
+            )
         if not 0 <= self.max_hops < len(NUMBERS):
             found.append(f"max_hops={self.max_hops} must lie between 0 and {len(NUMBERS) - 1}")
         for name in ("slip_rate", "miscount_rate", "terse_rate", "noise"):
@@ -138,15 +159,30 @@ class _Writer:
         self.saved: dict[int, tuple[Board, list[str]]] = {}  # by id; the board is kept so that its id stays taken
         self.in_folder: Counter[str] = Counter()
         self.num_files = 0
+        self.seen: set[bytes] = set()  # boards of queries, as far as they are written
 
     def write(self) -> dict[str, int]:
         records = list(self._train_records())
-        write_text(self.root / "train.json", "[\n" + ",\n".join(records) + "\n]\n")
+        self._write_list("train.json", records)
         tasks = {f"mini-{task}": self._write_eval_task(task) for task in TASKS}
         meta = {"benchmark": "mini-MMEB", "digest": self.settings.digest(), "data_root": "..", "tasks": tasks}
         write_json(self.root / "eval" / "meta.json", meta)
-        self.tell(f"mini-MMEB: {len(records)} training pairs and {self.num_files} pictures in {self.root.name}")
-        return {"train_pairs": len(records), "pictures": self.num_files}
+        rl, rl_eval = list(self._rl_records()), list(self._rl_eval_records())
+        self._write_list("rl.json", rl)
+        self._write_list("rl_eval.json", rl_eval)
+        self.tell(
+            f"mini-MMEB: {len(records)} training pairs, {len(rl)} RL pairs and {self.num_files} pictures in "
+            f"{self.root.name}"
+        )
+        return {
+            "train_pairs": len(records),
+            "rl_pairs": len(rl),
+            "rl_eval_pairs": len(rl_eval),
+            "pictures": self.num_files,
+        }
+
+    def _write_list(self, name: str, records: list[str]) -> None:
+        write_text(self.root / name, "[\n" + ",\n".join(records) + "\n]\n")
 
     # -- training pairs ----------------------------------------------------------------------------------------------
 
@@ -156,6 +192,7 @@ class _Writer:
         for number, task in enumerate(TASKS):
             rng = np.random.default_rng([self.settings.seed, 1, number])
             for question in self._train_questions(task, total // len(TASKS), rng):
+                self.seen.add(board_key(question.query.board))
                 record = {
                     "dataset_name": f"mini-{task}",
                     "qry": self._side(question.query, f"train/{task}", rng),
@@ -207,6 +244,37 @@ class _Writer:
         self.num_files += len(names)
         return names
 
+    # -- RL pairs ----------------------------------------------------------------------------------------------------
+
+    def _rl_records(self) -> Iterator[str]:
+        """JSON lines, one pair each, task by task."""
+        settings = self.settings
+        for number, task in enumerate(TASKS):
+            rng = np.random.default_rng([settings.seed, 3, number])
+            count = settings.num_rl_pairs // len(TASKS)
+            for question in training_questions(
+                task, count, settings.questions_per_board, settings.max_hops, self.seen, rng
+            ):
+                yield self._rl_record(question, "rl", rng)
+
+    def _rl_eval_records(self) -> Iterator[str]:
+        settings = self.settings
+        for task in TASKS:
+            count = settings.num_rl_eval_pairs // len(TASKS)
+            for question, rng in held_out_questions(task, count, settings.max_hops, self.seen, settings.eval_seed):
+                yield self._rl_record(question, "rl-eval", rng)
+
+    def _rl_record(self, question: Question, folder: str, rng: np.random.Generator) -> str:
+        record = {"dataset": "mini-MMEB", "dataset_name": f"mini-{question.task}"}
+        for side, view, part in (("qry", question.query, ""), ("pos", question.target, "-target")):
+            media = self._media(view.board, f"{folder}/{question.task}{part}", rng)
+            record |= {
+                f"{side}_text": view.text,
+                f"{side}_image": media.get("image", ""),
+                f"{side}_video": media.get("video", [""]),
+            }
+        return json.dumps(record | {"solution": question.target.summary.strip()}, ensure_ascii=False)
+
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _write_eval_task(self, task: str) -> dict:
@@ -217,6 +285,7 @@ class _Writer:
         else:
             pool = [question.target for question in questions]
         candidates = [self._eval_record(f"{task}-c{i:04d}", view, task, rng) for i, view in enumerate(pool)]
+        self.seen.update(board_key(question.query.board) for question in questions)
         queries = []
         for index, question in enumerate(questions):
             record = self._eval_record(f"{task}-q{index:04d}", question.query, task, rng)
