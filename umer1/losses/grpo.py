@@ -98,20 +98,21 @@ def token_losses(
     epsilon: float,
     epsilon_high: float | None = None,
     beta: float,
-    weights: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of each token: clipped policy term times its importance weight, plus beta times k3.
 
     All tensors have one shape (`advantages`: each token its response's) or broadcast to it; gradient flows to
-    `logprobs` alone.  epsilon_high None: epsilon.  ref_logprobs may be None when beta is 0.
+    `logprobs` alone.  epsilon_high None: epsilon.  importance: what `importance_weights` gives, or None for 1.
+    ref_logprobs may be None when beta is 0.
     """
     logprobs = _float(logprobs)
     ratio = _exp(logprobs - _float(old_logprobs).detach())
     advantages = advantages.detach().to(ratio.dtype)
     clipped = ratio.clamp(1.0 - epsilon, 1.0 + (epsilon if epsilon_high is None else epsilon_high))
     losses = -torch.minimum(ratio * advantages, clipped * advantages)
-    if weights is not None:
-        losses = losses * weights.detach()
+    if importance is not None:
+        losses = losses * importance.detach()
     if beta != 0.0:
         if ref_logprobs is None:
             raise ValueError(f"beta={beta} needs ref_logprobs")
@@ -126,7 +127,7 @@ def token_weights(
     max_completion_length: int | None = None,
     num_responses: int | None = None,
 ) -> torch.Tensor:
-    """What each token of a response of that length counts: [R], so that sum_it weight_i l_it is a side's loss.
+    """What each token of a response of that length counts: fp64 [R], so that sum_it weight_i l_it is a side's loss.
 
     lengths: int [R], tokens of each response; 0 gives 0.  num_responses: how many responses (that have tokens) the mean
     is taken over, over all micro-batches and ranks; None counts those of `lengths`.
@@ -172,9 +173,9 @@ def grpo_loss(
         None if values is None else _float(values).masked_fill(~mask, 0.0)
         for values in (logprobs, old_logprobs, ref_logprobs, engine_logprobs)
     )
-    weights = None
+    importance = None
     if engine is not None and importance_cap is not None:
-        weights = importance_weights(old, engine, importance_cap)
+        importance = importance_weights(old, engine, importance_cap)
     losses = token_losses(
         logprobs,
         old,
@@ -183,7 +184,7 @@ def grpo_loss(
         epsilon=epsilon,
         epsilon_high=epsilon_high,
         beta=beta,
-        weights=weights,
+        importance=importance,
     )
     per_token = token_weights(
         mask.sum(1),
