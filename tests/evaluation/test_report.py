@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from umer1.errors import UserError
+from umer1.evaluation.compare import changes, compare
 from umer1.evaluation.compare import main as compare_main
 from umer1.evaluation.curves import plot_training, read_metrics
 from umer1.evaluation.modes import GenOutputs, ModeEmbeddings, TaskOutputs, mean_over_tasks, score_task
-from umer1.evaluation.report import compare, evaluation_report, table, write_evaluation
+from umer1.evaluation.report import evaluation_report, table, write_evaluation
 
 
 def result(seed: int, with_gen: bool = True, fingerprint: str = "f") -> dict:
@@ -77,7 +78,8 @@ def test_report_shows_the_numbers_of_the_result(tmp_path):
 def test_compare_puts_models_side_by_side(tmp_path):
     one, two = result(0), result(1, with_gen=False)
     text = compare({"umer1": one, "dume": two}, tmp_path / "compare.png")
-    lines = text.splitlines()
+    scores, hits, samples, responses = text.split("\n\n")
+    lines = scores.splitlines()
     assert [line.split()[:2] for line in lines[2:]] == [
         ["umer1", "disc"],
         ["umer1", "gen"],
@@ -85,9 +87,32 @@ def test_compare_puts_models_side_by_side(tmp_path):
         ["dume", "disc"],
     ]
     assert f"{100 * two['mean']['score']['disc']['value']:.1f}" in lines[-1]
+    assert "dume" not in hits + samples + responses  # it was run in disc mode alone
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.format == "PNG"
     assert "-" in evaluation_report(two)
+
+
+def test_compare_before_and_after():
+    """Per task: gen hit@1 and its paired change, pass@k, and the responses, the two models under each other."""
+    before, after = result(0), result(1)
+    _, hits, samples, responses = compare({"sft": before, "grpo": after}).split("\n\n")
+    doc = [model["tasks"]["doc"] for model in (before, after)]
+    change = np.array(doc[1]["queries"]["gen"]) - np.array(doc[0]["queries"]["gen"])
+    entry = changes(before, after, "gen")["doc"]
+    assert entry == {"value": change.mean(), "stderr": change.std(ddof=1) / 10**0.5, "n": 10}
+    assert doc[1]["hit@1"]["gen"]["value"] - doc[0]["hit@1"]["gen"]["value"] == pytest.approx(entry["value"])
+    last = hits.splitlines()[-1]
+    assert last.startswith("grpo - sft") and f"{100 * entry['value']:+.1f} ±{100 * entry['stderr']:.1f}" in last
+    assert [line.split()[:2] for line in samples.splitlines()[2:]] == [
+        [task, model] for task in ("img", "doc", "mean") for model in ("sft", "grpo")
+    ]
+    assert f"{100 * doc[1]['pass@k']['4']['value']:.1f}" in samples.splitlines()[5]
+    assert (
+        "tokens" in responses and f"{doc[0]['responses']['thought_cosine']['value']:.3f}" in responses.splitlines()[4]
+    )
+    del before["tasks"]["img"]["queries"]  # written by an older version
+    assert changes(before, after, "gen") is None and "grpo - sft" not in compare({"sft": before, "grpo": after})
 
 
 def test_compare_refuses_results_on_other_queries():

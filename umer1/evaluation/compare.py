@@ -1,11 +1,30 @@
-"""`umer1 compare`: the results of several evaluations side by side."""
+"""`umer1 compare`: the results of several evaluations side by side, such as those before and after GRPO.
+
+    umer1 compare sft=runs/eval-sft grpo=runs/eval-grpo --png compare.png
+
+Scores by mode and task; hit@1 of gen and, query by query, what changed since the first result; pass@k; and the
+responses: length, format, how far apart the embeddings of different thoughts of one input are.
+"""
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from umer1.errors import UserError
-from umer1.evaluation.report import compare
+from umer1.evaluation.modes import MODES
+from umer1.evaluation.report import (
+    RESPONSE_COLUMNS,
+    draw_bars,
+    draw_pass_at_k,
+    percent,
+    response_cells,
+    save_figure,
+    table,
+)
+from umer1.evaluation.retrieval import estimate, mean_of_estimates
 
 
 def read_result(path: str | Path) -> dict:
@@ -23,11 +42,122 @@ def read_result(path: str | Path) -> dict:
     return result
 
 
+def compare(results: dict[str, dict], png: str | Path | None = None) -> str:
+    """Tables over several results of the same benchmark, name -> result; also drawn in `png`.
+
+    UserError where they were not scored on the same queries: such numbers must not stand side by side.
+    """
+    (first_name, first), *others = results.items()
+    for name, result in others:
+        if _scored_on(result) != _scored_on(first):
+            raise UserError(f"{name} was scored on other queries than {first_name}: score both on the same data")
+    if png is not None:
+        save_figure(_figure(results), png)
+    blocks = [_score_table(results)]
+    with_gen = {name: result for name, result in results.items() if "gen" in result["mean"]["score"]}
+    if with_gen:
+        blocks += [_gen_table(with_gen), _response_table(with_gen)]
+    sampled = _with_samples(results)
+    if sampled:
+        blocks.insert(2, _pass_table(sampled))
+    return "\n\n".join(blocks)
+
+
+def changes(before: dict, after: dict, mode: str) -> dict[str, dict] | None:
+    """By task and as their mean: how much hit@1 of `mode` rose, with the standard error of the paired difference.
+
+    None where a result has no hits query by query.
+    """
+    found = {}
+    for name, task in before["tasks"].items():
+        hits = [part.get("queries", {}).get(mode) for part in (task, after["tasks"][name])]
+        if None in hits:
+            return None
+        found[name] = estimate(np.array(hits[1]) - np.array(hits[0]))
+    return {**found, "mean": mean_of_estimates(list(found.values()))}
+
+
+def _scored_on(result: dict) -> tuple:
+    sizes = {name: (task["num_queries"], task["num_candidates"]) for name, task in result["tasks"].items()}
+    return result["benchmark"], result.get("data_fingerprint"), sizes
+
+
+def _sections(result: dict) -> dict[str, dict]:
+    return {**result["tasks"], "mean": result["mean"]}
+
+
+def _with_samples(results: dict[str, dict]) -> dict[str, dict]:
+    return {name: result for name, result in results.items() if result["mean"].get("pass@k")}
+
+
+def _score_table(results: dict[str, dict]) -> str:
+    columns = list(_sections(next(iter(results.values()))))
+    rows = [
+        [name, mode, *(percent(section["score"][mode]) for section in _sections(result).values())]
+        for name, result in results.items()
+        for mode in MODES
+        if mode in result["mean"]["score"]
+    ]
+    return table(["model", "mode", *columns], rows)
+
+
+def _gen_table(results: dict[str, dict]) -> str:
+    (first_name, first), *others = results.items()
+    rows = [
+        [name, *(percent(section["hit@1"]["gen"]) for section in _sections(result).values())]
+        for name, result in results.items()
+    ]
+    for name, result in others:
+        changed = changes(first, result, "gen")
+        if changed is not None:
+            cells = [("+" if entry["value"] >= 0 else "") + percent(entry) for entry in changed.values()]
+            rows.append([f"{name} - {first_name}", *cells])
+    return table(["gen hit@1", *_sections(first)], rows)
+
+
+def _pass_table(results: dict[str, dict]) -> str:
+    """Rows by task, so that the models stand under each other."""
+    samples = sorted({int(k) for result in results.values() for k in result["mean"]["pass@k"]})
+    rows = [
+        [task, name, *(percent(_sections(result)[task]["pass@k"].get(str(k))) for k in samples)]
+        for task in _sections(next(iter(results.values())))
+        for name, result in results.items()
+    ]
+    return table(["pass@k of samples", "model", *(f"k={k}" for k in samples)], rows)
+
+
+def _response_table(results: dict[str, dict]) -> str:
+    rows = [
+        [task, name, *response_cells(_sections(result)[task])]
+        for task in _sections(next(iter(results.values())))
+        for name, result in results.items()
+    ]
+    return table(["responses", "model", *RESPONSE_COLUMNS], rows)
+
+
+def _figure(results: dict[str, dict]) -> Figure:
+    """Bars of the scores; beside them, where samples were drawn, pass@k as the mean over tasks."""
+    sampled = _with_samples(results)
+    figure = Figure(figsize=(13 if sampled else 9, 4.2), layout="constrained")
+    if not sampled:
+        draw_bars(figure.subplots(), results)
+        return figure
+    left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
+    draw_bars(left, results)
+    draw_pass_at_k(right, {name: result["mean"] for name, result in sampled.items()})
+    return figure
+
+
 def main(argv: list[str]) -> None:
-    """Print one table for `NAME=DIR ...` and, with --png, draw it."""
-    parser = argparse.ArgumentParser(prog="umer1 compare", description=__doc__, allow_abbrev=False)
+    """Print the tables for `NAME=DIR ...` and, with --png, draw them."""
+    parser = argparse.ArgumentParser(
+        prog="umer1 compare",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("results", nargs="+", metavar="NAME=PATH", help="a name and the directory given to --output")
-    parser.add_argument("--png", help="also draw the numbers as bars into this file")
+    parser.add_argument("--png", help="also draw the numbers into this file")
     arguments = parser.parse_args(argv)
     results = {}
     for item in arguments.results:

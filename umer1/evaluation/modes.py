@@ -113,7 +113,8 @@ def score_task(task: TaskOutputs) -> dict:
     """The task's section of results.json; every score is an estimate with its standard error and count.
 
     `score` (the task's metric) and `hit@1` hold disc, gen, oracle (per query the better of the two) and gen with
-    empty and with shuffled thoughts of the query, the candidates keeping their own; `splits` holds the modes by group.
+    empty and with shuffled thoughts of the query, the candidates keeping their own; `splits` holds the modes by group;
+    `queries` each query's hit@1 in the modes, in the task's order, so that two models can be compared query by query.
     """
     modes = {"disc": task.disc}
     edited = {}
@@ -139,6 +140,7 @@ def score_task(task: TaskOutputs) -> dict:
             split: _by_group(names, {name: per_query[task.metric][name] for name in MODES if name in found})
             for split, names in task.groups.items()
         },
+        "queries": {name: per_query["hit@1"][name].tolist() for name in MODES if name in found},
         "seconds_per_query": {"disc": task.disc_seconds_per_query},
     }
     if task.gen is not None:

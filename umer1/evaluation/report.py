@@ -8,7 +8,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from umer1.errors import UserError
 from umer1.evaluation.modes import MODES
 from umer1.files import atomic_path, write_json, write_text
 
@@ -18,6 +17,13 @@ _SCORE_COLUMNS = {
     "oracle": "oracle",
     "empty_thoughts": "gen, empty",
     "shuffled_thoughts": "gen, shuffled",
+}
+RESPONSE_COLUMNS = {  # title -> key, digits
+    "tokens": ("response_length", 1),
+    "format": ("format_rate", 3),
+    "no <gen_emb>": ("missing_gen_emb", 3),
+    "cosine": ("thought_cosine", 3),
+    "distinct": ("distinct_thoughts", 3),
 }
 
 
@@ -68,53 +74,21 @@ def _score_table(sections: dict[str, dict]) -> str:
 
 
 def _response_table(sections: dict[str, dict]) -> str:
-    """Mean tokens and rates of the greedy responses, cosine between different samples, milliseconds a query."""
-    columns = {
-        "response_length": ("tokens", 1),
-        "format_rate": ("format", 3),
-        "missing_gen_emb": ("no <gen_emb>", 3),
-        "thought_cosine": ("cosine", 3),
-        "distinct_thoughts": ("distinct", 3),
-    }
+    """`response_cells`, and milliseconds a query."""
     rows = []
     for name, section in sections.items():
-        row = [name]
-        for key, (_, digits) in columns.items():
-            entry = section.get("responses", {}).get(key)
-            row.append(f"{entry['value']:.{digits}f}" if entry else "-")
+        row = [name, *response_cells(section)]
         for mode in ("disc", "gen"):
             seconds = section["seconds_per_query"].get(mode)
             row.append("-" if seconds is None else f"{1000 * seconds:.2f}")
         rows.append(row)
-    return table(["responses", *(title for title, _ in columns.values()), "ms disc", "ms gen"], rows)
+    return table(["responses", *RESPONSE_COLUMNS, "ms disc", "ms gen"], rows)
 
 
-def compare(results: dict[str, dict], png: str | Path | None = None) -> str:
-    """One table over several results of the same benchmark, name -> result; also as bars in `png`.
-
-    UserError where they were not scored on the same queries: such numbers must not stand side by side.
-    """
-    (first_name, first), *others = results.items()
-    for name, result in others:
-        if _scored_on(result) != _scored_on(first):
-            raise UserError(f"{name} was scored on other queries than {first_name}: score both on the same data")
-    tasks = list(first["tasks"])
-    rows = [
-        [name, mode, *(percent(result["tasks"][task]["score"][mode]) for task in tasks), percent(mean[mode])]
-        for name, result in results.items()
-        for mode in MODES
-        if mode in (mean := result["mean"]["score"])
-    ]
-    if png is not None:
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        _bars(figure.subplots(), results)
-        _save(figure, png)
-    return table(["model", "mode", *tasks, "mean"], rows)
-
-
-def _scored_on(result: dict) -> tuple:
-    sizes = {name: (task["num_queries"], task["num_candidates"]) for name, task in result["tasks"].items()}
-    return result["benchmark"], result.get("data_fingerprint"), sizes
+def response_cells(section: dict) -> list[str]:
+    """Mean tokens and rates of the greedy responses, cosine between different samples, share of different samples."""
+    entries = [(section.get("responses", {}).get(key), digits) for key, digits in RESPONSE_COLUMNS.values()]
+    return [f"{entry['value']:.{digits}f}" if entry else "-" for entry, digits in entries]
 
 
 def write_evaluation(result: dict, directory: str | Path) -> None:
@@ -122,15 +96,15 @@ def write_evaluation(result: dict, directory: str | Path) -> None:
     directory = Path(directory)
     write_json(directory / "results.json", result)
     write_text(directory / "results.txt", evaluation_report(result) + "\n")
-    _save(_evaluation_figure(result), directory / "results.png")
+    save_figure(_evaluation_figure(result), directory / "results.png")
 
 
-def _save(figure: Figure, png: str | Path) -> None:
+def save_figure(figure: Figure, png: str | Path) -> None:
     with atomic_path(png) as aside:
         figure.savefig(aside, format="png", dpi=120)
 
 
-def _bars(axes: Axes, results: dict[str, dict]) -> None:
+def draw_bars(axes: Axes, results: dict[str, dict]) -> None:
     """Grouped bars with standard errors: one group per task and the mean, one bar per model and mode."""
     tasks = [*next(iter(results.values()))["tasks"], "mean"]
     series = [(name, mode) for name, result in results.items() for mode in MODES if mode in result["mean"]["score"]]
@@ -150,7 +124,7 @@ def _bars(axes: Axes, results: dict[str, dict]) -> None:
     axes.set_ylabel("score, per cent (± standard error)")
     axes.set_ylim(0, 105)
     # above the axes: inside it would hide bars
-    axes.legend(fontsize=8, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.legend(fontsize=8, ncols=min(len(series), 7), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
 def _evaluation_figure(result: dict) -> Figure:
@@ -158,17 +132,24 @@ def _evaluation_figure(result: dict) -> Figure:
     with_samples = bool(result["mean"].get("pass@k"))
     figure = Figure(figsize=(12, 4.2) if with_samples else (8, 4.2), layout="constrained")
     if not with_samples:
-        _bars(figure.subplots(), {"": result})
+        draw_bars(figure.subplots(), {"": result})
         return figure
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    _bars(left, {"": result})
-    for name, section in {**result["tasks"], "mean": result["mean"]}.items():
-        points = sorted((int(k), 100 * entry["value"]) for k, entry in section["pass@k"].items())
-        right.plot(*zip(*points, strict=True), marker="o", linewidth=3 if name == "mean" else 1, label=name)
-    right.set_xscale("log", base=2)
-    right.set_xticks([k for k, _ in points], [str(k) for k, _ in points])
-    right.set_xlabel("k samples a query")
-    right.set_ylabel("pass@k, per cent")
-    right.set_ylim(0, 105)
-    right.legend(fontsize=8)
+    draw_bars(left, {"": result})
+    draw_pass_at_k(right, {**result["tasks"], "mean": result["mean"]})
     return figure
+
+
+def draw_pass_at_k(axes: Axes, sections: dict[str, dict]) -> None:
+    """One line of pass@k per section that has samples; one named mean is drawn thicker."""
+    found: dict[int, None] = {}
+    for name, section in sections.items():
+        points = sorted((int(k), 100 * entry["value"]) for k, entry in section["pass@k"].items())
+        axes.plot(*zip(*points, strict=True), marker="o", linewidth=3 if name == "mean" else 1, label=name)
+        found |= dict.fromkeys(k for k, _ in points)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(found), [str(k) for k in sorted(found)])
+    axes.set_xlabel("k samples a query")
+    axes.set_ylabel("pass@k, per cent")
+    axes.set_ylim(0, 105)
+    axes.legend(fontsize=8)
