@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from umer1 import device as devices
 from umer1.checkpoints.source import load_model_weights, open_model
@@ -21,6 +22,7 @@ from umer1.errors import ConfigError
 from umer1.inference.sampling import choose
 from umer1.models.attention import KVCache
 from umer1.models.embedding import read_embedding
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import Qwen2VL, build_model
 
@@ -124,9 +126,20 @@ def make_processor(config: EngineConfig, directory: HFDirectory) -> Processor:
 
 def load_engine(config: EngineConfig, directory: HFDirectory, processor: Processor, state: ParallelState) -> "Engine":
     """Build this rank's part of the model and fill it."""
-    (model,) = build_model(directory.config, config.parallel(), state, params_dtype=config.dtype)
+    model = build_frozen_model(directory.config, config.parallel(), state, config.dtype)
     load_model_weights([model], config.model, directory, state)
-    return Engine(model.eval().requires_grad_(False), directory, processor, state, config)
+    return Engine(model, directory, processor, state, config)
+
+
+def build_frozen_model(
+    config: Qwen2VLConfig, parallel: ParallelConfig, state: ParallelState, dtype: torch.dtype
+) -> Qwen2VL:
+    """This rank's part of a model that is never trained, weights zero; `parallel` has no virtual stages."""
+    # A trainer in this process may have virtual stages; megatron keeps their number in one global.
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    (model,) = build_model(config, parallel, state, params_dtype=dtype)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(virtual)
+    return model.eval().requires_grad_(False)
 
 
 class Engine:
@@ -142,7 +155,7 @@ class Engine:
     ):
         self.model, self.processor, self.state, self.config = model, processor, state, config
         self.model_config, self.special, self.tokenizer = directory.config, directory.special, directory.tokenizer
-        self.dtype = config.dtype
+        self.dtype = next(model.decoder.parameters()).dtype
         self.stop_ids = np.array(sorted(_stop_ids(directory)))
         rows = self.model_config.padded_vocab_size(state.tp_size)
         self._unused = torch.ones(rows, dtype=torch.bool)  # rows of the table that no token has
@@ -275,17 +288,46 @@ class Engine:
     def choose(
         self, hidden: torch.Tensor | None, temperatures: np.ndarray, uniforms: np.ndarray, top_p: float
     ) -> np.ndarray:
-        """Next tokens int64 [N], the same on every rank; `hidden` [N, H] on the last stage, None elsewhere."""
-        state = self.state
-        chosen = torch.zeros(len(temperatures), dtype=torch.int64, device=state.device)
+        """Next tokens int64 [N], the same on every rank; `hidden` [N, H] on the last stage, None elsewhere.
+
+        Rows of the table that no token has are never chosen.
+        """
+        chosen = torch.zeros(len(temperatures), dtype=torch.int64, device=self.state.device)
         if hidden is not None:
             logits = self._all_logits(hidden).masked_fill_(self._unused, torch.finfo(torch.float32).min)
+            heat = torch.from_numpy(temperatures).to(self.state.device)
+            chosen = choose(logits, heat, torch.from_numpy(uniforms).to(self.state.device), top_p)
+        return self._from_one_rank(chosen, hidden is not None).cpu().numpy()
+
+    def sample(
+        self, hidden: torch.Tensor | None, temperatures: np.ndarray, uniforms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Next tokens int64 [N] from the model's whole vocabulary and their log-probs float32 [N]; as `choose`.
+
+        A log-prob is that of the softmax of the raw logits / temperature.  Temperature 0 takes the likeliest token,
+        with its log-prob at 1.
+        """
+        state = self.state
+        # One fp64 tensor for both, so that they travel together: token ids are exact in it.
+        drawn = torch.zeros(2, len(temperatures), dtype=torch.float64, device=state.device)
+        if hidden is not None:
+            logits = self._all_logits(hidden)[:, : self.model_config.vocab_size]
             heat = torch.from_numpy(temperatures).to(state.device)
-            chosen = choose(logits, heat, torch.from_numpy(uniforms).to(state.device), top_p)
-            if state.tp_size > 1:
-                # A running sum on a GPU may round differently from call to call: one rank decides.
-                dist.broadcast(chosen, src=dist.get_global_rank(state.groups.tp, 0), group=state.groups.tp)
-        return self.from_last_stage(chosen).cpu().numpy()
+            chosen = choose(logits, heat, torch.from_numpy(uniforms).to(state.device), 1.0)
+            scaled = logits / heat.masked_fill(heat == 0, 1.0)[:, None]
+            drawn[0] = chosen
+            drawn[1] = scaled.gather(1, chosen[:, None]).squeeze(1) - scaled.logsumexp(dim=1)
+        tokens, logprobs = self._from_one_rank(drawn, hidden is not None).cpu().numpy()
+        return tokens.astype(np.int64), logprobs.astype(np.float32)
+
+    def _from_one_rank(self, values: torch.Tensor, is_last_stage: bool) -> torch.Tensor:
+        """`values` as the first tensor-parallel rank of the last stage has them, everywhere (in place).
+
+        A running sum on a GPU may round differently from call to call: one rank decides.
+        """
+        if is_last_stage and self.state.tp_size > 1:
+            dist.broadcast(values, src=dist.get_global_rank(self.state.groups.tp, 0), group=self.state.groups.tp)
+        return self.from_last_stage(values)
 
     def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [N, padded vocabulary], gathered over the tensor-parallel ranks."""

@@ -90,7 +90,7 @@ def generate(
     temperatures = (config.temperature,) if temperatures is None else temperatures
     results: list[Generated | None] = [None] * len(prompts)
     for batch in generation_batches(engine, prompts, config, len(temperatures)):
-        loop = _Loop(engine, [prompts[i] for i in batch], [ids[i] for i in batch], config, temperatures)
+        loop = Loop(engine, [prompts[i] for i in batch], [ids[i] for i in batch], config, temperatures)
         for index, generated in zip(batch, loop.run(), strict=True):
             results[index] = generated
     return results
@@ -112,12 +112,15 @@ def generation_batches(
     return batches
 
 
-class _Loop:
+class Loop:
     """The generation of one batch: N prompts with k samples each are R = N * k rows.
 
     A row's state says what happens after the step that feeds its pending token: it goes on sampling (RUN), is fed a
     closing `<gen_emb>` (CLOSE), or is over (LAST).  A row that is over (DEAD) stays in the cache until enough of them
     are dropped together.  All decisions are made from token ids on the CPU, the same on every rank.
+
+    What is read and chosen on the way are methods of their own (`_read`, `_choose`, `_take`, `_give_up`), so that
+    rollouts of reinforcement learning share the loop.
     """
 
     RUN, CLOSE, LAST, DEAD = range(4)
@@ -148,8 +151,12 @@ class _Loop:
         self.state = np.full(rows, self.RUN)
         self.embeddings = torch.zeros(rows, engine.model_config.hidden_size, device=engine.state.device)
 
-    @torch.inference_mode()
     def run(self) -> list[Generated]:
+        return self._results(self._generate())
+
+    @torch.inference_mode()
+    def _generate(self) -> torch.Tensor:
+        """Everything up to the results; returns the prompts' disc embeddings float32 [N, H]."""
         capacity = max(len(prompt) for prompt in self.prompts) + self.config.max_new_tokens + 1
         cache, hidden, disc = self.engine.prefill(self.prompts, capacity)
         if self.samples > 1:
@@ -158,7 +165,7 @@ class _Loop:
         live = np.arange(len(self.counts))  # the rows that the cache holds, in its order
         step = 0
         self._advance(live, hidden, step)
-        while (alive := self.state[live] != self.DEAD).any():
+        while (alive := self.state[live] != self.DEAD).any() and not self._give_up(step):
             if alive.mean() <= 1.0 - _DROP_SHARE:
                 cache.select(torch.from_numpy(np.flatnonzero(alive)))
                 live = live[alive]
@@ -167,7 +174,11 @@ class _Loop:
             step += 1
             self._read(live, hidden)
             self._advance(live, hidden, step)
-        return self._results(disc)
+        return disc
+
+    def _give_up(self, step: int) -> bool:
+        """Whether to leave the rows that are not over as they are; asked before each step."""
+        return False
 
     def _read(self, live: np.ndarray, hidden: torch.Tensor | None) -> None:
         """Keep the embedding of every live row whose `<gen_emb>` was just fed; the last one of a row stays."""
@@ -187,9 +198,11 @@ class _Loop:
         rows = live[running]
         if hidden is not None and running.size < len(live):
             hidden = hidden[torch.from_numpy(running).to(hidden.device)]
-        uniforms = uniform(self.keys[rows], step)
-        chosen = self.engine.choose(hidden, self.temperatures[rows], uniforms, self.config.top_p)
-        self._take(rows, chosen)
+        self._take(rows, self._choose(rows, hidden, uniform(self.keys[rows], step)))
+
+    def _choose(self, rows: np.ndarray, hidden: torch.Tensor | None, uniforms: np.ndarray) -> np.ndarray:
+        """The next token of each running row."""
+        return self.engine.choose(hidden, self.temperatures[rows], uniforms, self.config.top_p)
 
     def _take(self, rows: np.ndarray, chosen: np.ndarray) -> None:
         """Enter the tokens that the model chose for running rows."""

@@ -30,6 +30,19 @@ def cut(source: Any, shape: tuple[int, ...], row: Row, local_rows: int, parallel
     return [source[b : b + share] if axis == 0 else source[:, b : b + share] for b in begins]
 
 
+def join(shards: list[torch.Tensor], row: Row, config: Qwen2VLConfig) -> list[torch.Tensor]:
+    """The row's whole Hugging Face tensors from its megatron tensor on each rank that has a share of it."""
+    pieces = [row.layout.split(shard, config) for shard in shards]
+    parts = [
+        torch.cat(same, dim=row.layout.axis or 0) if len(same) > 1 else same[0] for same in zip(*pieces, strict=True)
+    ]
+    if row.layout.sections > 1:
+        parts = [torch.cat(parts)]
+    if row.layout.vocabulary:
+        parts = [part[: config.vocab_size] for part in parts]
+    return [part.contiguous() for part in parts]
+
+
 class Assembler:
     """Brings rows of the table, whole, to rank 0; collective over the first data-parallel replica, one row at a time.
 
@@ -69,16 +82,7 @@ class Assembler:
             dist.gather(local.contiguous(), shards, group=parallel.groups.tp, group_dst=0)
         if parallel.tp_rank != 0:
             return None
-        pieces = [row.layout.split(shard, config) for shard in shards]
-        parts = [
-            torch.cat(same, dim=row.layout.axis or 0) if len(same) > 1 else same[0]
-            for same in zip(*pieces, strict=True)
-        ]
-        if row.layout.sections > 1:
-            parts = [torch.cat(parts)]
-        if row.layout.vocabulary:
-            parts = [part[: config.vocab_size] for part in parts]
-        return [part.contiguous() for part in parts]
+        return join(shards, row, config)
 
     def _send_to_first_stage(self, tensor: torch.Tensor, shape: tuple[int, ...], stage: int) -> torch.Tensor:
         """From stage `stage` to stage 0 of this pipeline; returns what arrived (on the sender: what was sent)."""
