@@ -58,6 +58,25 @@ def test_video_slots_hold_each_frame_as_an_image_would(frames):
         np.testing.assert_array_equal(got[slot // 2, :, :, slot % 2], source[:, :, 0])
 
 
+@pytest.mark.parametrize("patch_size", [14, 8])
+@pytest.mark.parametrize("size", SIZES)
+def test_frames_are_the_resized_pictures(size, patch_size):
+    config = ImageConfig(patch_size=patch_size, min_pixels=3136, max_pixels=28 * 28 * 64, video_max_pixels=28 * 28 * 4)
+    patchifier = Patchifier(config)
+    pictures = [noise(*size, seed) for seed in range(3)]
+
+    def resized(picture, shape):
+        return np.asarray(picture.resize(shape[::-1], resample=Image.Resampling.BICUBIC))
+
+    still = patchifier.frames(patchifier.image(pictures[0]))
+    want = resized(pictures[0], patchifier.image_size(*size))
+    assert still.dtype == np.uint8
+    np.testing.assert_array_equal(still, want[None])
+    clip = patchifier.frames(patchifier.video(iter(pictures), 3))
+    want = [resized(picture, patchifier.frame_size(*size, 3)) for picture in pictures]
+    np.testing.assert_array_equal(clip, np.stack([*want, want[-1]]))
+
+
 def test_smart_resize_equals_transformers():
     rng = np.random.default_rng(0)
     for _ in range(3000):

@@ -65,7 +65,7 @@ class Prompt:
 
     sequence: Sequence  # vision blocks expanded, no response
     images: tuple[np.ndarray, ...] = ()  # [height, width, 3] each
-    videos: tuple[np.ndarray, ...] = ()  # [frames, height, width, 3] each
+    videos: tuple[np.ndarray, ...] = ()  # [frames, height, width, 3] each; an incomplete last step is filled up
 
 
 @dataclass(slots=True)
