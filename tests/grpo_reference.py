@@ -104,7 +104,7 @@ def write_fixed_rollouts(
 
 @dataclass(kw_only=True)
 class Settings:
-    """METHOD's names; one AdamW step per rollouts file and inner epoch."""
+    """METHOD's names; one AdamW step per rollouts file, inner epoch and mini-batch."""
 
     lr: float
     clip: float = 1.0
@@ -116,6 +116,7 @@ class Settings:
     temperature: float = 1.0
     comparison_pairs: int | None = None  # None: all pairs of a file
     inner_epochs: int = 1
+    mini_batches: list[list[int]] | None = None  # places of the pairs of each optimizer step; None: all in one
     importance_cap: float | None = None  # None: no importance weight
     weights: dict[str, float] = field(default_factory=lambda: {"format": 1.0, "embedding": 1.0})
     train_vision: bool = False
@@ -129,7 +130,7 @@ class Step:
     total: torch.Tensor
     advantages: torch.Tensor
     old_logprobs: list[list[torch.Tensor | None]]  # per side and rollout [L]
-    losses: list[float]  # before each inner epoch's update
+    losses: list[float]  # before each update
     grad_norms: list[float]  # before clipping
 
 
@@ -252,9 +253,10 @@ class Trainer:
             [group_advantages(total[s], [row is not None for row in old[s]], size) for s in range(2)]
         )
         step = Step(rewards, total, advantages, old, [], [])
-        for _ in range(self.settings.inner_epochs):
+        parts = self.settings.mini_batches or [list(range(len(sides[0])))]
+        for pairs in parts * self.settings.inner_epochs:
             self.optimizer.zero_grad()
-            step.losses.append(self._backward(sides, old, ref, advantages))
+            step.losses.append(self._backward(sides, pairs, old, ref, advantages))
             step.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip)))
             self.optimizer.step()
         return step
@@ -304,24 +306,26 @@ class Trainer:
                     rewards[name][side, row] = value
         return rewards, sum(weight * rewards[name] for name, weight in self.settings.weights.items())
 
-    def _backward(self, sides: list[list[dict]], old: list[list], ref: list[list], advantages: torch.Tensor) -> float:
-        """Gradients of the mean of both sides' mean over responses; returns that loss."""
-        loss = 0.0
+    def _backward(
+        self, sides: list[list[dict]], pairs: list[int], old: list[list], ref: list[list], advantages: torch.Tensor
+    ) -> float:
+        """Gradients of the mean of both sides' mean over the responses of these pairs; returns that loss."""
+        loss, size = 0.0, len(sides[0][0]["completions"])
         for side, lines in enumerate(sides):
-            count = sum(logprobs is not None for logprobs in old[side])
-            for group, line in enumerate(lines):
-                prompt = self.policy.read(self._prompt(line, side))
+            rows = [
+                row for pair in pairs for row in range(pair * size, (pair + 1) * size) if old[side][row] is not None
+            ]
+            for pair in pairs:
+                prompt = self.policy.read(self._prompt(lines[pair], side))
                 parts = []
-                for place, completion in enumerate(line["completions"]):
-                    row = group * len(line["completions"]) + place
-                    if old[side][row] is None:
-                        continue
+                for row in (row for row in rows if row // size == pair):
+                    completion = lines[pair]["completions"][row % size]
                     new, _ = self.policy.respond(prompt, completion["token_ids"], self.settings.temperature)
                     engine = torch.tensor(completion["logprobs"], dtype=torch.float64)
                     advantage = float(advantages[side, row])
                     parts.append(response_loss(new, old[side][row], ref[side][row], advantage, engine, self.settings))
                 if parts:
-                    part = sum(parts) / count / 2
+                    part = sum(parts) / len(rows) / 2
                     part.backward()
                     loss += float(part)
         return loss

@@ -140,6 +140,7 @@ def test_settings_change_the_weights(case):
         {"weights": {"format": 1.0}},
         {"temperature": 0.7},
         {"comparison_pairs": 2},
+        {"mini_batches": [[0, 1], [2, 3]]},
     ]
     found = [train(model, data, [rollouts], Settings(**settings, **option)) for option in options]
     tables = [weights["model.language_model.embed_tokens.weight"] for _, weights in found]
@@ -153,3 +154,6 @@ def test_a_small_step_lowers_the_loss(case):
     (step,), _ = train(model, data, [rollouts], Settings(lr=1e-5, inner_epochs=2))
     assert step.losses[1] < step.losses[0] - 1e-4
     assert step.grad_norms[0] > 0.01
+    (parts,), _ = train(model, data, [rollouts], Settings(lr=0.0, mini_batches=[[0, 2], [3, 1]]))
+    assert len(parts.losses) == 2 and parts.losses[0] != parts.losses[1]
+    assert parts.advantages.equal(step.advantages)
