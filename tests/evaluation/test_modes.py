@@ -25,6 +25,7 @@ def outputs(metric: str = "hit@1", with_gen: bool = True) -> TaskOutputs:
         empty_thoughts=AXES[[1, 0, 0, 0]],
         shuffled_thoughts=AXES[[0, 1, 2, 3]],
         samples=AXES[[[0, 0], [1, 0], [0, 0], [0, 0]]],
+        texts=["one", "two", "three", "four"],
         sample_texts=[["a", "b"], ["a", "b"], ["c", "c"], ["d", "d"]],
         lengths=np.array([3, 5, 4, 4]),
         well_formed=np.array([True, True, True, False]),
@@ -43,6 +44,12 @@ def outputs(metric: str = "hit@1", with_gen: bool = True) -> TaskOutputs:
 
 def test_modes_oracle_and_splits():
     result = score_task(outputs())
+    assert result["queries"] == {
+        "disc": [1, 1, 0, 0],
+        "gen": [0, 1, 1, 0],
+        "oracle": [1, 1, 1, 0],
+        "response": ["one", "two", "three", "four"],
+    }
     values = {name: entry["value"] for name, entry in result["score"].items()}
     assert values == {"disc": 0.5, "gen": 0.5, "oracle": 0.75, "empty_thoughts": 0.0, "shuffled_thoughts": 1.0}
     assert result["pass@k"]["1"]["value"] == pytest.approx((1.0 + 0.5) / 4)

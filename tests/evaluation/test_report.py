@@ -29,6 +29,7 @@ def result(seed: int, with_gen: bool = True, fingerprint: str = "f") -> dict:
             empty_thoughts=rows(10),
             shuffled_thoughts=rows(10),
             samples=rows(10, 4),
+            texts=["a"] * 10,
             sample_texts=[[str(i) for i in range(4)]] * 10,
             lengths=rng.integers(3, 9, 10),
             well_formed=rng.random(10) < 0.5,

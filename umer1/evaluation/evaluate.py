@@ -114,6 +114,7 @@ def _run_gen(
     donors = _donated_thoughts(engine, task, queries, texts, gen.seed)
     local["queries"] |= {
         "gen": own,
+        "texts": texts,
         "empty_thoughts": _reread(engine, queries.prompts, texts, [""] * len(texts), own),
         "shuffled_thoughts": _reread(engine, queries.prompts, texts, donors, own),
         "lengths": np.array([response.num_generated for response in greedy]),
@@ -204,6 +205,7 @@ def _outputs(task: Task, parts: list[dict], gen: GenSettings | None) -> TaskOutp
             empty_thoughts=queries("empty_thoughts"),
             shuffled_thoughts=queries("shuffled_thoughts"),
             samples=queries("samples"),
+            texts=merge("queries", "texts", len(task.queries)),
             sample_texts=merge("queries", "sample_texts", len(task.queries)),
             lengths=queries("lengths"),
             well_formed=queries("well_formed"),

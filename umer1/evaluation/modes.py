@@ -41,6 +41,7 @@ class GenOutputs:
     empty_thoughts: np.ndarray  # [Q, D]: embedding re-read without reasoning
     shuffled_thoughts: np.ndarray  # [Q, D]: embedding re-read with another query's reasoning
     samples: np.ndarray  # [Q, n, D]: embeddings of the sampled responses
+    texts: list[str]  # [Q]: greedy responses
     sample_texts: list[list[str]]  # [Q][n]
     lengths: np.ndarray  # int64 [Q]: tokens of the greedy response
     well_formed: np.ndarray  # bool [Q]: the greedy response has METHOD's format
@@ -114,7 +115,8 @@ def score_task(task: TaskOutputs) -> dict:
 
     `score` (the task's metric) and `hit@1` hold disc, gen, oracle (per query the better of the two) and gen with
     empty and with shuffled thoughts of the query, the candidates keeping their own; `splits` holds the modes by group;
-    `queries` each query's hit@1 in the modes, in the task's order, so that two models can be compared query by query.
+    `queries` has lists in the task's order: hit@1 in the modes, so that two models can be compared query by query, and
+    the greedy response.
     """
     modes = {"disc": task.disc}
     edited = {}
@@ -147,6 +149,7 @@ def score_task(task: TaskOutputs) -> dict:
         result["seconds_per_query"]["gen"] = task.gen.seconds_per_query
         result["pass@k"] = _pass_at_k(task.gen, task.labels)
         result["responses"] = _responses(task.gen)
+        result["queries"]["response"] = task.gen.texts
     return result
 
 
