@@ -62,8 +62,8 @@ def write_fixed_rollouts(
     directory: Path, data: Path, path: Path, *, num_generations: int, faults: bool = True, noise: float = 0.05
 ) -> Path:
     """Responses to all pairs of `data` as a rollouts file: well-formed ones of several lengths and, with `faults`, by
-    turns one without `<think>`, one cut off before `<gen_emb>`, one with vision pads and two embedding tokens, and one
-    that failed.  Engine log-probs are the model's own with Gaussian `noise`.
+    turns one without `<think>`, one that starts with other words, one cut off before `<gen_emb>`, one with vision pads
+    and two embedding tokens, and one that failed.  Engine log-probs are the model's own with Gaussian `noise`.
     """
     rng = np.random.default_rng(1)
     policy = Policy(directory)
@@ -78,6 +78,8 @@ def write_fixed_rollouts(
                 text, end = f"<think>{thoughts}</think><answer>{answer}<gen_emb>", "<|im_end|>"
                 if kind == 0:
                     text = f"{thoughts}<answer>{answer}<gen_emb>"
+                elif kind == 4:
+                    text = f"{answer} {text}"
                 elif kind in (1, 5):
                     text, end = f"<think>{thoughts}</think><answer>{answer}", ""
                 elif kind == 2:
@@ -298,7 +300,7 @@ class Trainer:
                 if embeddings[side][row] is None:
                     continue
                 text = self.policy.tokenizer.decode(lines[row // size]["completions"][row % size]["token_ids"])
-                rewards["format"][side, row] = float(FORMAT.search(text) is not None)
+                rewards["format"][side, row] = float(FORMAT.match(text) is not None)
                 start = row // together * together
                 own, other = (embeddings[s][start : start + together] for s in (side, 1 - side))
                 found = embedding_reward(own, other, row - start, size)
@@ -309,12 +311,15 @@ class Trainer:
     def _backward(
         self, sides: list[list[dict]], pairs: list[int], old: list[list], ref: list[list], advantages: torch.Tensor
     ) -> float:
-        """Gradients of the mean of both sides' mean over the responses of these pairs; returns that loss."""
+        """Gradients of the loss over these pairs, which is returned: the mean of both sides' mean over responses.
+
+        A side of which all responses failed is left out.
+        """
         loss, size = 0.0, len(sides[0][0]["completions"])
+        places = [pair * size + place for pair in pairs for place in range(size)]
+        there = [[row for row in places if old[side][row] is not None] for side in range(2)]
         for side, lines in enumerate(sides):
-            rows = [
-                row for pair in pairs for row in range(pair * size, (pair + 1) * size) if old[side][row] is not None
-            ]
+            rows = there[side]
             for pair in pairs:
                 prompt = self.policy.read(self._prompt(lines[pair], side))
                 parts = []
@@ -325,7 +330,7 @@ class Trainer:
                     advantage = float(advantages[side, row])
                     parts.append(response_loss(new, old[side][row], ref[side][row], advantage, engine, self.settings))
                 if parts:
-                    part = sum(parts) / len(rows) / 2
+                    part = sum(parts) / len(rows) / sum(map(bool, there))
                     part.backward()
                     loss += float(part)
         return loss
