@@ -3,6 +3,8 @@
 Weights stream tensor by tensor to every rank (collectives over the world), and each rank's engine takes them over.  An
 engine that fails half-way must not leave the other ranks waiting in a collective: its rank goes on to the end of the
 stream, and only then do all ranks agree on what happened.
+
+Engines report checksums by name: `NAME` is what arrived of a tensor, `engine:NAME` what the running model holds of it.
 """
 
 import os
@@ -23,6 +25,8 @@ from umer1.rl.types import EngineDied, RolloutEngine
 
 # A rank that is stuck this long after the time-out cannot be talked to any more: its process ends.
 GRACE_SECONDS = 60.0
+# The same for engines that may only just be starting; longer than they give themselves.
+READY_SECONDS = 1000.0
 EXIT_STATUS = 70
 
 
@@ -42,7 +46,8 @@ class _Outcome:
 class WeightSync:
     """Loads the trainer's weights into `engine` (one per rank, or this rank's part of a replica's).
 
-    `timeout`: seconds for one update.  `grace`: seconds after it until a rank that is stuck ends its process.
+    `timeout`: seconds for one update, from when all engines stand ready.  `grace`: seconds after it until a rank that
+    is stuck ends its process.
     """
 
     def __init__(self, engine: RolloutEngine, state: ParallelState, timeout: float, *, grace: float = GRACE_SECONDS):
@@ -51,21 +56,27 @@ class WeightSync:
     def __call__(self, models: list[torch.nn.Module]) -> float:
         """Stream `models` (this rank's chunks, wrapped or not) into the engine; collective over the world.
 
-        Returns seconds.  Raises on all ranks together: EngineDied when an engine died (the text of the first), else
+        Returns seconds since all engines were ready.  Raises on all ranks together: EngineDied when an engine died (the text of the first), else
         UserError: a time-out, with rank and phase; checksums that differ.  An error of this rank's own that is neither
         is raised as it is, and as a UserError on the other ranks.
         """
-        begin = time.monotonic()
-        stream = _Stream(stream_hf(models, self.state), begin + self.timeout)
-        patience = min(self.timeout + self.grace, threading.TIMEOUT_MAX)
-        watchdog = threading.Timer(patience, self._end_process, [stream])
-        watchdog.daemon = True
-        watchdog.start()
+        watchdog = _Watchdog()
+
+        def all_ready() -> float:
+            """Wait for every rank; returns the deadline.  Collective."""
+            if self.state.world_size > 1:
+                dist.all_reduce(ready := torch.zeros(1, device=self.state.device))
+                ready.item()  # on a GPU the host waits here
+            watchdog.set(self.timeout + self.grace, lambda: self._end_process(stream))
+            return time.monotonic() + self.timeout
+
+        stream = _Stream(stream_hf(models, self.state), all_ready)
+        watchdog.set(READY_SECONDS + self.grace, lambda: self._end_process(stream))
         try:
             outcome, error = self._load(stream)
             outcomes = self._agree(outcome)
         finally:
-            watchdog.cancel()
+            watchdog.off()
         worst = min(outcomes, key=lambda each: each.order)  # the first rank of equals
         if worst.order == 0:
             raise EngineDied(worst.message) from error
@@ -75,7 +86,7 @@ class WeightSync:
             raise UserError(worst.message) from error
         if not any(each.reported for each in outcomes):
             raise UserError("weight update: no engine reported a checksum, so nothing shows that the weights arrived")
-        return time.monotonic() - begin
+        return time.monotonic() - stream.deadline + self.timeout
 
     def _load(self, stream: "_Stream") -> tuple[_Outcome, Exception | None]:
         """Load, then exhaust the stream whatever happened, then compare."""
@@ -95,9 +106,10 @@ class WeightSync:
         if error is not None:
             return _Outcome(1, f"{where} failed while {phase}: {error}"), error
         wrong = [
-            f"{name}: the trainer has {stream.checksums.get(name, 'no such tensor')}, the engine {value}"
+            f"{name}: the trainer has {stream.checksums.get(name.removeprefix('engine:'), 'no such tensor')}, "
+            f"the engine {value}"
             for name, value in reported.items()
-            if stream.checksums.get(name) != value
+            if stream.checksums.get(name.removeprefix("engine:")) != value
         ]
         if wrong:
             shown = "\n".join(f"  - {line}" for line in wrong[:10])
@@ -116,36 +128,52 @@ class WeightSync:
     def _end_process(self, stream: "_Stream") -> None:
         """In the watchdog's thread: the main one is stuck in a call that Python cannot interrupt."""
         print(
-            f"umer1: error: rank {self.state.rank}: weight update of the {self.engine.name} engine is stuck "
-            f"{self.timeout + self.grace:g} s after its begin, while {stream.phase}; the process ends",
+            f"umer1: error: rank {self.state.rank}: weight update of the {self.engine.name} engine is stuck for too "
+            f"long (limit {self.timeout:g} s), while {stream.phase}; the process ends",
             file=sys.stderr,
             flush=True,
         )
         os._exit(EXIT_STATUS)
 
 
-class _Stream:
-    """The trainer's tensors on their way into the engine: counts, checksums, and where the time went."""
+class _Watchdog:
+    """Calls something from a thread of its own unless it is set anew or off in time."""
 
-    def __init__(
-        self,
-        tensors: Iterator[tuple[str, torch.Tensor]],
-        deadline: float,
-        now: Callable[[], float] = time.monotonic,
-    ):
-        self.tensors, self.deadline, self.now = tensors, deadline, now
+    timer: threading.Timer | None = None
+
+    def set(self, seconds: float, bark: Callable[[], None]) -> None:
+        self.off()
+        self.timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), bark)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def off(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class _Stream:
+    """The trainer's tensors on their way into the engine: checksums, and where the time went.
+
+    `all_ready` is called once, before the first tensor: it waits for the other ranks and gives the deadline.
+    """
+
+    def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]], all_ready: Callable[[], float]):
+        self.tensors, self.all_ready = tensors, all_ready
+        self.deadline: float | None = None
         self.checksums: dict[str, float] = {}
         self.phase = "the engine gets ready"
         self.engine_seconds = self.waiting_seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """For the engine.  Raises _TimeOut when the deadline has passed, in the engine or in the stream."""
-        begin = self.now()
+        self._wait_for_all()
+        begin = time.monotonic()
         while True:
-            asked = self.now()
+            asked = time.monotonic()
             self.engine_seconds += asked - begin
             item = None if asked > self.deadline else self._next()
-            begin = self.now()
+            begin = time.monotonic()
             self.waiting_seconds += begin - asked
             if begin > self.deadline:
                 raise _TimeOut
@@ -157,6 +185,7 @@ class _Stream:
 
     def drain(self) -> None:
         """Take part in the rest of the stream for the other ranks' sake."""
+        self._wait_for_all()
         while self._next() is not None:
             pass
 
@@ -166,6 +195,11 @@ class _Stream:
             f"{len(self.checksums)} tensors streamed, {self.engine_seconds:.1f} s in the engine and "
             f"{self.waiting_seconds:.1f} s waiting for the other ranks, last seen while {self.phase}"
         )
+
+    def _wait_for_all(self) -> None:
+        if self.deadline is None:
+            self.phase = "waiting for the other ranks' engines to be ready"
+            self.deadline = self.all_ready()
 
     def _next(self) -> tuple[str, torch.Tensor] | None:
         self.phase = f"waiting for tensor {len(self.checksums) + 1} from the other ranks"

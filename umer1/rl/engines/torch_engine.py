@@ -88,12 +88,12 @@ class TorchEngine:
         return answers
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-        """See RolloutEngine.  The checksums are read back from the model, of what this rank holds whole."""
+        """See RolloutEngine and WeightSync; the checksums are of what this rank's part of the model holds whole."""
         self.wake()
         self._loaded = False
         load_stream([self.model], tensors, self.model.model_config, self.state)
         self._loaded = True
-        return {name: checksum(tensor) for name, tensor in whole_here([self.model], self.state)}
+        return {f"engine:{name}": checksum(tensor) for name, tensor in whole_here([self.model], self.state)}
 
     def sleep(self) -> None:
         """Give the weights' memory back; they are gone."""
