@@ -56,9 +56,9 @@ class WeightSync:
     def __call__(self, models: list[torch.nn.Module]) -> float:
         """Stream `models` (this rank's chunks, wrapped or not) into the engine; collective over the world.
 
-        Returns seconds since all engines were ready.  Raises on all ranks together: EngineDied when an engine died (the text of the first), else
-        UserError: a time-out, with rank and phase; checksums that differ.  An error of this rank's own that is neither
-        is raised as it is, and as a UserError on the other ranks.
+        Returns seconds since all engines were ready.  Raises on all ranks together: EngineDied when an engine died
+        (the text of the first), else UserError: a time-out, with rank and phase; checksums that differ.  An error of
+        this rank's own that is neither is raised as it is, and as a UserError on the other ranks.
         """
         watchdog = _Watchdog()
 
