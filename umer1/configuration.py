@@ -260,7 +260,9 @@ def load_config(
             grouped[section][name] = convert(name, value, wanted)
         except ValueError as error:
             problems += error.args
-    config = config_class(**{name: section(**grouped[name]) for name, section in sections(config_class).items()})
+    config = config_class()  # its defaults: a stage may have other ones than its sections
+    for name, given in grouped.items():
+        setattr(config, name, dataclasses.replace(getattr(config, name), **given))
     problems += config.violations()
     problems += [problem for problem in further(config) if problem not in problems]
     if problems:
@@ -289,7 +291,7 @@ def help_text(config_class: type, intro: str) -> str:
         lines.append(f"{section_name}: {(section.__doc__ or '').strip().splitlines()[0]}")
         texts = field_help(section)
         hints = typing.get_type_hints(section)
-        defaults = section()
+        defaults = getattr(config_class(), section_name)
         for field in dataclasses.fields(section):
             flag = "--" + field.name.replace("_", "-")
             if hints[field.name] is bool:

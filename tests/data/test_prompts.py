@@ -38,6 +38,7 @@ def test_chat_text():
 
 def test_format():
     assert prompts.has_format("<think>a\nb</think>\n<answer>c\n<gen_emb>")
-    assert prompts.has_format("x<think></think><answer><gen_emb><|im_end|>")
+    assert prompts.has_format("<think></think><answer><gen_emb><|im_end|>")
+    assert not prompts.has_format("x<think></think><answer><gen_emb>")
     for text in ("<think>a</think><answer>c", "<answer>c<gen_emb><think>a</think>", "a</think><answer>c<gen_emb>", ""):
         assert not prompts.has_format(text)

@@ -69,5 +69,5 @@ def vision_block(num_tokens: int, *, video: bool = False) -> str:
 
 
 def has_format(response: str) -> bool:
-    """Whether the response reasons, answers and embeds, in this order."""
-    return FORMAT.search(response) is not None
+    """Whether the response begins with reasoning, then answers and embeds; what follows `<gen_emb>` does not matter."""
+    return FORMAT.match(response) is not None

@@ -30,11 +30,11 @@ class RolloutConfig:
     """Share of a GPU's memory that vLLM may take."""
     rollout_max_sequences: int = 256
     """Most responses that one engine works on at once."""
-    rollout_timeout_seconds: float = 1800.0
+    rollout_timeout_seconds: float = 480.0
     """Seconds after which responses of a step that are not there yet are left out of their groups."""
     rollout_max_restarts: int = 3
     """Dead engines that are started anew in one run; one more saves the run and stops it."""
-    weight_sync_timeout_seconds: float = 600.0
+    weight_sync_timeout_seconds: float = 300.0
     """Seconds after which a weight update that some engine did not finish ends the run."""
     parity_interval: int = 10
     """Steps between checks that trainer and engine agree on log-probs; the first step is always checked."""

@@ -14,6 +14,7 @@ from umer1.errors import UserError
 from umer1.rl.rewards import REWARDS, RewardFunction, RewardInputs
 
 SIDES = 2  # 0 the query, 1 the positive
+DEFAULT_COMPARISON_PAIRS = 16  # METHOD section 5
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,8 +54,9 @@ class RewardConfig:
     """Terms of the reward, name and weight each: format, embedding (ranking * margin, the paper's), ranking, margin,
     threshold (share of the similarities to the own pair that reach reward_similarity_threshold), length (minus tokens
     / max_completion_length), or module:function of your own."""
-    comparison_pairs: int = 16
-    """Pairs whose rollouts are compared with each other (N); global_batch_size is a multiple of it."""
+    comparison_pairs: int | None = None
+    """Pairs whose rollouts are compared with each other (N), over all ranks; global_batch_size is a multiple of it.
+    Default: 16, or all pairs of a step where they are fewer."""
     reward_similarity_threshold: float = 0.5
     """Cosine that the threshold term asks for."""
     exclude_equal_targets: bool = False
@@ -75,7 +77,7 @@ class RewardConfig:
                 found.append(str(error))
         if self.rewards and all(term.weight == 0 for term in self.rewards):
             found.append("rewards: all weights are 0; nothing would be learnt")
-        if self.comparison_pairs < 2:
+        if self.comparison_pairs is not None and self.comparison_pairs < 2:
             found.append(
                 f"comparison_pairs={self.comparison_pairs} must be 2 or above: a rollout is compared with other pairs'"
             )
@@ -83,9 +85,13 @@ class RewardConfig:
             found.append(f"reward_similarity_threshold={self.reward_similarity_threshold} must lie between -1 and 1")
         return found
 
+    def pairs_compared(self, global_batch_size: int) -> int:
+        """N for a step of so many pairs."""
+        return self.comparison_pairs or min(DEFAULT_COMPARISON_PAIRS, global_batch_size)
+
     def batch_violations(self, global_batch_size: int) -> list[str]:
         """What is wrong between the comparison sets and the pairs of a step."""
-        pairs = self.comparison_pairs
+        pairs = self.pairs_compared(global_batch_size)
         if pairs < 1 or global_batch_size < 1 or global_batch_size % pairs == 0:
             return []
         nearest = [size for size in range(min(pairs, global_batch_size), 1, -1) if global_batch_size % size == 0]
@@ -145,7 +151,8 @@ def score_step(
     embedded = valid & rollouts.has_embedding.bool()
     # What stands in the place of a missing embedding must not turn a product into NaN.
     embeddings = torch.where(embedded[..., None], rollouts.embeddings.detach(), 0.0)
-    rows_of_set = config.comparison_pairs * num_generations
+    pairs_of_set = config.pairs_compared(valid.shape[1] // num_generations)
+    rows_of_set = pairs_of_set * num_generations
     if valid.shape[1] % rows_of_set:
         raise ValueError(f"{valid.shape[1]} rollouts a side are no whole number of sets of {rows_of_set}")
     components = {name: torch.zeros(valid.shape, device=valid.device) for name in functions}
@@ -154,7 +161,7 @@ def score_step(
         rows = slice(start, start + rows_of_set)
         target_ids = None
         if config.exclude_equal_targets and rollouts.target_ids is not None:
-            target_ids = rollouts.target_ids[start // num_generations :][: config.comparison_pairs]
+            target_ids = rollouts.target_ids[start // num_generations :][:pairs_of_set]
         for side in range(SIDES):
             inputs = RewardInputs(
                 side=side,

@@ -1,6 +1,8 @@
 """What happens between the command line and the first process group: all checks, those that need files included."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from umer1.checkpoints.layout import iteration_path, list_iterations
 from umer1.configuration import load_config
@@ -11,28 +13,39 @@ from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import destination_problem
 from umer1.training.checkpoint import ASSETS
 from umer1.training.config import SFTConfig
+from umer1.training.engines import engine_violations
+from umer1.training.policy_config import GRPOConfig
+
+C = TypeVar("C", SFTConfig, GRPOConfig)
 
 MINI_DATA = Path("runs/mini-mmeb")
+SFT_RUN = "runs/mini-umer1"  # where the embedded default of SFT saves, and GRPO's goes on
 
 
-def read_command_line(argv: list[str], default_config: Path) -> tuple[SFTConfig, HFDirectory]:
-    """The configuration and the opened model directory; ConfigError with all violations, before any GPU is touched."""
+def read_command_line(
+    config_class: type[C], argv: list[str], default_config: Path, check: Callable[[C], list[str]] = lambda config: []
+) -> tuple[C, HFDirectory]:
+    """The configuration and the opened model directory; ConfigError with all violations, before any GPU is touched.
+
+    check: further rules of the stage.
+    """
     opened: list[HFDirectory] = []
 
-    def check_files(config: SFTConfig) -> list[str]:
+    def check_files(config: C) -> list[str]:
         problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
         problems = [problem] if problem else []  # said now, not after days of training
+        problems += check(config)
         try:
             opened.append(open_directory(config))
         except UserError as error:
             return [*problems, str(error)]
         return problems + config.layout_violations(opened[0].config, launched_world_size())
 
-    config = load_config(SFTConfig, argv, default_config, check_files)
+    config = load_config(config_class, argv, default_config, check_files)
     return config, opened[0]
 
 
-def open_directory(config: SFTConfig) -> HFDirectory:
+def open_directory(config: Any) -> HFDirectory:
     """Of --hf-model; with --load alone the one kept in its newest checkpoint, without weights; else the tiny base."""
     if config.model.hf_model is None and config.checkpoint.load is not None:
         return HFDirectory.open(newest_assets(Path(config.checkpoint.load)), weights=False)
@@ -49,11 +62,38 @@ def newest_assets(load: Path) -> Path:
     return load / ASSETS
 
 
-def prepare_default_data(config: SFTConfig, state: ParallelState) -> None:
-    """Without --data-path: draw mini-MMEB (once; it is kept) and train on it."""
-    if config.data.data_path is not None:
-        return
+def draw_mini_mmeb(state: ParallelState) -> None:
+    """The generated benchmark in its place (once; it is kept)."""
     if state.rank == 0:
         make_mini_mmeb(MINI_DATA, progress=print)
     state.barrier()
-    config.data.data_path, config.data.data_root = str(MINI_DATA / "train.json"), str(MINI_DATA)
+
+
+def prepare_default_data(config: SFTConfig, state: ParallelState) -> None:
+    """SFT without --data-path: train on mini-MMEB."""
+    if config.data.data_path is None:
+        draw_mini_mmeb(state)
+        config.data.data_path, config.data.data_root = str(MINI_DATA / "train.json"), str(MINI_DATA)
+
+
+def prepare_default_prompts(config: GRPOConfig, state: ParallelState) -> None:
+    """GRPO without --data-path: train on mini-MMEB's RL pairs, and hold out the ones that are meant for it."""
+    if config.data.data_path is not None:
+        return
+    draw_mini_mmeb(state)
+    config.data.data_path, config.data.data_root = str(MINI_DATA / "rl.json"), str(MINI_DATA)
+    if config.heldout.eval_data_path is None:
+        config.heldout.eval_data_path, config.heldout.eval_data_root = str(MINI_DATA / "rl_eval.json"), str(MINI_DATA)
+
+
+def default_policy_violations(config: GRPOConfig) -> list[str]:
+    """What GRPO needs that an earlier command makes, or an installation."""
+    load = config.checkpoint.load
+    if load == SFT_RUN and config.model.hf_model is None and not Path(load).is_dir():
+        return [
+            f"there is no SFT run to go on from in {SFT_RUN}; make it by: torchrun --nproc-per-node 2 "
+            "examples/pretrain_sft.py (or give --load or --hf-model)"
+        ]
+    if load is None and config.model.hf_model is None:
+        return ["GRPO goes on from an SFT model; give --load (an SFT run) or --hf-model (a Hugging Face directory)"]
+    return engine_violations(config)

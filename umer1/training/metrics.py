@@ -24,6 +24,31 @@ LINE = (  # record key, what the line calls it, format
     ("gen_positive_similarity", "gen pos sim", ".3f"),
     ("gen_negative_similarity", "gen neg sim", ".3f"),
     ("temperature", "temperature", ".4f"),
+    ("reward", "reward", ".4f"),
+    ("reward_format", "format", ".3f"),
+    ("reward_embedding", "embedding", ".4f"),
+    ("ranking", "ranking", ".3f"),
+    ("margin", "margin", ".3f"),
+    ("reward_std", "spread in groups", ".4f"),
+    ("zero_spread_share", "groups without spread", ".1%"),
+    ("kl", "KL", ".4g"),
+    ("clip_share", "clipped", ".2%"),
+    ("entropy", "entropy", ".3f"),
+    ("response_length", "response length", ".1f"),
+    ("cut_off_share", "cut off", ".1%"),
+    ("missing_gen_emb_share", "no <gen_emb>", ".1%"),
+    ("failed_share", "failed", ".1%"),
+    ("mismatch_mean", "engine mismatch", ".2e"),
+    ("mismatch_k3", "mismatch k3", ".2e"),
+    ("mismatch_p99", "p99 ratio", ".4f"),
+    ("mismatch_p99_truncated", "truncated", ".4f"),
+    ("seconds_rollout", "rollout (s)", ".2f"),
+    ("seconds_score", "scoring (s)", ".2f"),
+    ("seconds_update", "update (s)", ".2f"),
+    ("seconds_sync", "sync (s)", ".2f"),
+    ("generated_tokens_per_second", "generated tokens/s", ",.0f"),
+    ("trained_tokens_per_second", "trained tokens/s", ",.0f"),
+    ("eval_gen_hit1", "held-out gen hit@1", ".3f"),
     ("grad_norm", "grad norm", ".3f"),
     ("skipped_iterations", "number of skipped iterations", "d"),
     ("nan_iterations", "number of nan iterations", "d"),
@@ -95,6 +120,14 @@ class MetricsLogger:
         if self.wandb:
             self.wandb.log(record, step=record["iteration"])
 
+    def note(self, record: dict[str, Any]) -> None:
+        """Numbers that are of no step: metrics.jsonl and the console."""
+        named = [f"{name}: {record[key]:{form}}" for key, name, form in LINE if record.get(key) is not None]
+        print(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {record['iteration']:8d} | {' | '.join(named)}")
+        if self.jsonl:
+            self.jsonl.write(json.dumps({key: finite_or_none(value) for key, value in record.items()}) + "\n")
+            self.jsonl.flush()
+
     def close(self) -> None:
         if self.jsonl:
             os.fsync(self.jsonl.fileno())
@@ -110,7 +143,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def keep_until(path: Path, iteration: int) -> None:
-    """Drop the records after `iteration`, and a last line that a crash cut off."""
+    """Drop the records after `iteration` (all of them for a run that starts), and a last line that a crash cut off."""
     if not path.exists():
         return
     kept = []
@@ -119,7 +152,7 @@ def keep_until(path: Path, iteration: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and record.get("iteration", 0) <= iteration:
+        if isinstance(record, dict) and iteration > 0 and record.get("iteration", 0) <= iteration:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 

@@ -18,17 +18,18 @@ def run_schedule(
 ) -> list:
     """none, 1F1B or interleaved; what the last stage's loss function returned for each micro-batch ([] elsewhere).
 
-    batches: anything with `input_ids`.  forward_only: no backward; step_func's second result is called with
+    batches: anything with `input_ids`.  forward_only: no graph and no backward; step_func's second result is called with
     `non_loss_data=True`, and what it returns is collected.
     """
     iterators = [iter(batches) for _ in models]
-    return get_forward_backward_func()(
-        forward_step_func=step_func,
-        data_iterator=iterators if len(models) > 1 else iterators[0],
-        model=models if len(models) > 1 else models[0],
-        num_microbatches=len(batches),
-        seq_length=len(batches[0].input_ids),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with torch.set_grad_enabled(not forward_only):  # megatron leaves this to its caller
+        return get_forward_backward_func()(
+            forward_step_func=step_func,
+            data_iterator=iterators if len(models) > 1 else iterators[0],
+            model=models if len(models) > 1 else models[0],
+            num_microbatches=len(batches),
+            seq_length=len(batches[0].input_ids),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

