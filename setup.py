@@ -4,5 +4,5 @@ from setuptools import find_packages, setup
 
 setup(
     packages=find_packages(include=["umer1", "umer1.*"]),
-    package_data={"umer1": ["assets/**/*", "configs/*.yaml"]},
+    package_data={"umer1": ["assets/**/*", "configs/*.yaml", "rl/engines/child_site/*.py"]},
 )

@@ -1,5 +1,6 @@
 """Shared helpers (tests/tiny_qwen2_vl.py and others) are importable from every test folder and every spawned rank."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -7,4 +8,8 @@ from pathlib import Path
 _HERE = str(Path(__file__).resolve().parent)
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH", "")]))
+# Where vLLM's CPU build is installed, transformers imports only with what its process gets as sitecustomize.
+_SITE = Path(_HERE).parent / "umer1/rl/engines/child_site"
+_spec = importlib.util.spec_from_file_location("child_site", _SITE / "sitecustomize.py")
+_spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, str(_SITE), os.environ.get("PYTHONPATH", "")]))
