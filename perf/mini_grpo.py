@@ -71,7 +71,7 @@ def training_command(arm: str, seed: int, extra: int) -> list[str]:
         steps = setting("mini_sft.yaml", "train_iters") + (extra if arm == "longer_sft" else 0)
         config = ["--config", "examples/configs/mini_sft.yaml", "--train-iters", str(steps)]
         return ["examples/pretrain_sft.py", *config, *ends]
-    start = ["--hf-model", str(RUNS / f"sft-{seed}" / "hf")]
+    start = ["--load", str(RUNS / f"sft-{seed}")]
     config = ["--config", "examples/configs/mini_grpo.yaml", "--train-iters", str(extra)]
     rewards = ["--rewards", FORMAT_ONLY] if arm == "format_only" else []
     return ["examples/grpo.py", *config, *start, *rewards, *ends]

@@ -332,7 +332,7 @@ class Trainer:
                 if parts:
                     part = sum(parts) / len(rows) / sum(map(bool, there))
                     part.backward()
-                    loss += float(part)
+                    loss += float(part.detach())
         return loss
 
 
