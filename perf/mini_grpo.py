@@ -9,11 +9,13 @@ Every seed trains an SFT model (mini_sft.yaml) and from it or beside it the arms
     longer_sft   SFT for as many steps more as GRPO takes, in one schedule: gains of training on
     no_guess     the SFT model with the token that opens a terse trace silenced: gains of style alone
 
-Trains under runs/grpo-seeds, where finished parts stay and are not made again by the same command line; writes
-perf/results/mini_grpo.json (machine, versions, commits, commands) and prints the tables that README.md shows.
+Trains under runs/grpo-seeds, where a finished part stays and is made again only when its command or configuration has
+changed (changed code is not seen: remove the folder).  Writes perf/results/mini_grpo.json (machine, versions, commits,
+commands) and prints the tables that README.md shows.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -77,14 +79,22 @@ def training_command(arm: str, seed: int, extra: int) -> list[str]:
     return ["examples/grpo.py", *config, *start, *rewards, *ends]
 
 
-def run_arm(arm: str, seed: int, processes: int, extra: int) -> dict:
-    """Train and score one arm, or take over what the same command made before."""
+def origin(command: list[str], processes: int, sft: dict | None) -> str:
+    """A hash of what an arm is made from: command, configuration, and the SFT model that it starts from."""
+    config = [(ROOT / word).read_text() for word in command if word.endswith(".yaml")]
+    text = json.dumps([command, processes, config, sft and sft["origin"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_arm(arm: str, seed: int, processes: int, extra: int, sft: dict | None) -> dict:
+    """Train and score one arm, or take over what was made before from the same."""
     save = ROOT / RUNS / f"{arm}-{seed}"
     command = [] if arm == "no_guess" else training_command(arm, seed, extra)
+    made_from = origin(command, processes, sft)
     record_path = save / "arm.json"
     if record_path.exists():
         record = json.loads(record_path.read_text())
-        if (record["command"], record["processes"]) == (shlex.join(command), processes):
+        if record.get("origin") == made_from:
             return record
     shutil.rmtree(save, ignore_errors=True)
     started = time.monotonic()
@@ -97,8 +107,8 @@ def run_arm(arm: str, seed: int, processes: int, extra: int) -> dict:
     torchrun(processes, *scoring, "--output", str(save / "eval"))
     result = json.loads((save / "eval" / "results.json").read_text())
     record = {
+        "origin": made_from,
         "command": shlex.join(command),
-        "processes": processes,
         "commit": git_commit(),
         "seconds": {"train": trained - started, "eval": time.monotonic() - trained},
         "terse": terse_share(result),
@@ -211,7 +221,10 @@ def main() -> None:
     arms = [arm for arm in ARMS if arm == "sft" or arm in options.arms]
     seeds = []
     for seed in options.seeds:
-        seeds.append({"seed": seed, "arms": {arm: run_arm(arm, seed, options.processes, extra) for arm in arms}})
+        done: dict[str, dict] = {}
+        for arm in arms:
+            done[arm] = run_arm(arm, seed, options.processes, extra, done.get("sft"))
+        seeds.append({"seed": seed, "arms": done})
     record = {
         "command": shlex.join(["perf/mini_grpo.py", *sys.argv[1:]]),
         "train_iters": extra,

@@ -122,4 +122,4 @@ def _signed(value: float | None) -> str:
 def _indented(text: str, indent: str) -> list[str]:
     """Lines with the control characters that a model may emit spelt out: they would act on a terminal."""
     spelt = ("".join(char if char.isprintable() else repr(char)[1:-1] for char in line) for line in text.split("\n"))
-    return [f"{indent}{line}" for line in spelt]
+    return [f"{indent}{line}" if line else indent.rstrip() for line in spelt]
