@@ -66,7 +66,8 @@ class RolloutEngine(Protocol):
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
         """Take over all weights (Hugging Face name, whole tensor), forget what was cached under the old ones.
 
-        Returns checksums by name as the engine has them (`umer1.rl.weight_sync.checksum`).  Raises EngineDied.
+        Returns checksums (`umer1.rl.checksum`): under a tensor's name of what arrived, under "engine:" + name of what
+        the running model holds; any subset.  Raises EngineDied.
         """
 
     def sleep(self) -> None:

@@ -113,7 +113,13 @@ def teacher_forced(prompt: Sequence, token_ids: list[int]) -> tuple[torch.Tensor
 
 
 def plan(
-    round_: Round, pairs: range, *, micro_batch_size: int, max_tokens: int | None, max_patches: int | None, **multiple
+    round_: Round,
+    pairs: list[int],
+    *,
+    micro_batch_size: int,
+    max_tokens: int | None,
+    max_patches: int | None,
+    **multiple,
 ) -> list[list[int]]:
     """Rollouts of `pairs` in micro-batches, rollouts of one prompt together as far as the budgets let them.
 

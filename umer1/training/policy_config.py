@@ -32,7 +32,7 @@ class PolicyConfig:
     inner_epochs: int = 1
     """Times that a step's rollouts are learnt from; log-probs of before are computed once."""
     mini_batches: int = 1
-    """Optimizer steps that one pass over a step's rollouts is cut into."""
+    """Optimizer steps that one pass over a step's rollouts is cut into; each takes every n-th pair of the batch."""
     dynamic_sampling: bool = False
     """Replace pairs whose rewards have no spread on either side by pairs of further rounds of rollouts."""
     dynamic_sampling_rounds: int = 3
@@ -109,6 +109,11 @@ class GRPOConfig:
             found.append(
                 f"max_completion_length={self.rollout.max_completion_length} leaves no room for a prompt in "
                 f"seq_length={self.data.seq_length}"
+            )
+        if self.model.hf_model is not None and self.checkpoint.load is not None:
+            found.append(
+                f"hf_model={self.model.hf_model} and load={self.checkpoint.load} (perhaps of the configuration file) both "
+                "say where the weights come from; keep one and give `none` for the other"
             )
         return found + self.reward.batch_violations(self.data.global_batch_size)
 

@@ -18,8 +18,8 @@ def run_schedule(
 ) -> list:
     """none, 1F1B or interleaved; what the last stage's loss function returned for each micro-batch ([] elsewhere).
 
-    batches: anything with `input_ids`.  forward_only: no graph and no backward; step_func's second result is called with
-    `non_loss_data=True`, and what it returns is collected.
+    batches: anything with `input_ids`.  forward_only: no graph and no backward; step_func's second result is called
+    with `non_loss_data=True`, and what it returns is collected.
     """
     iterators = [iter(batches) for _ in models]
     with torch.set_grad_enabled(not forward_only):  # megatron leaves this to its caller

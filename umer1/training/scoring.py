@@ -47,7 +47,7 @@ class Scorer:
 
     # -- micro-batches -----------------------------------------------------------------------------------------------
 
-    def batches(self, round_: Round, pairs: range) -> list[PolicyBatch]:
+    def batches(self, round_: Round, pairs: list[int]) -> list[PolicyBatch]:
         """Micro-batches of the rollouts of `pairs`; at least one, since every rank takes part in every pass."""
         parallel, data = self.config.parallel, self.config.data
         multiple = self.state.pp_size if parallel.num_layers_per_virtual_pipeline_stage else 1
@@ -65,10 +65,13 @@ class Scorer:
         return [pack_rollouts(round_, batch, self.special, padding).to(self.state.device) for batch in rollouts]
 
     def parts(self, round_: Round) -> list[list[PolicyBatch]]:
-        """Micro-batches of each mini-batch: equal shares of this rank's pairs."""
-        count, parts = len(round_.pairs), self.config.policy.mini_batches
-        bounds = [count * number // parts for number in range(parts + 1)]
-        return [self.batches(round_, range(*bounds[number : number + 2])) for number in range(parts)]
+        """Micro-batches of each mini-batch.  Every n-th slot belongs to it, so that the layout does not matter."""
+        parts = self.config.policy.mini_batches
+        slots = [pair.slot for pair in round_.pairs]
+        return [
+            self.batches(round_, [place for place, slot in enumerate(slots) if slot % parts == number])
+            for number in range(parts)
+        ]
 
     # -- forward passes ----------------------------------------------------------------------------------------------
 
