@@ -1,6 +1,11 @@
-"""The real vLLM on the CPU, in its process, against plain transformers in fp32."""
+"""The real vLLM on the CPU, in its process, against plain transformers in fp32; one engine for all tests."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -8,107 +13,249 @@ pytest.importorskip("vllm")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from inference_cases import INPUTS, reference_model, vision_arguments, write_inputs  # noqa: E402
-from tiny_qwen2_vl import make_tiny_directory  # noqa: E402
+from vllm_world import LENGTH, VLLMWorld  # noqa: E402
 
-from umer1.data.images import ImageConfig  # noqa: E402
-from umer1.data.media import MediaRoot  # noqa: E402
-from umer1.data.processor import Processor  # noqa: E402
-from umer1.models.qwen2_vl.directory import HFDirectory  # noqa: E402
-from umer1.models.qwen2_vl.weight_table import hf_shapes, hub_name  # noqa: E402
+from umer1.data.schema import Prompt  # noqa: E402
+from umer1.errors import UserError  # noqa: E402
 from umer1.rl.checksum import checksum  # noqa: E402
 from umer1.rl.config import RolloutConfig  # noqa: E402
-from umer1.rl.engines.vllm_engine import VLLMEngine  # noqa: E402
-from umer1.rl.types import EngineDied, Interrupted, Request, Sampling  # noqa: E402
+from umer1.rl.types import EngineDied, Interrupted, Request  # noqa: E402
 
-LENGTH = 24
-
-
-class World:
-    """A tiny model, prompts of every kind, and one engine for all tests of this file."""
-
-    def __init__(self, root):
-        self.directory = HFDirectory.open(make_tiny_directory(root / "model", hidden=128))
-        opened = self.directory
-        config = ImageConfig.from_settings(opened.config.vision, opened.image_settings, opened.video_settings)
-        processor = Processor(opened.tokenizer, opened.special, opened.config, config)
-        write_inputs(root)
-        self.requests = []
-        for item in INPUTS:
-            images = item.get("image", [])
-            images = [images] if isinstance(images, str) else images
-            videos = [item["video"]] if "video" in item else []
-            prompt = processor.encode_rollout_prompt(item["text"], images, videos, MediaRoot(root))
-            self.requests.append(Request(item["id"], prompt))
-        self.model = reference_model(root / "model")
-        with torch.no_grad():  # a flat distribution hides mistakes
-            self.model.get_input_embeddings().weight.mul_(3.0)
-        self.log = root / "engine.log"
-        self.engine = VLLMEngine(
-            RolloutConfig(), opened, dtype=torch.float32, max_model_len=512, rank=0, local_rank=0, log_path=self.log
-        )
-
-    def sampling(self, **changes) -> Sampling:
-        settings = dict(num_generations=4, max_completion_length=LENGTH, temperature=1.0, seed=1)
-        settings["stop_ids"] = (self.directory.special.im_end,)
-        return Sampling(**(settings | changes))
-
-    def weights(self):
-        for name, tensor in self.model.state_dict().items():
-            if hub_name(name) in hf_shapes(self.directory.config):
-                yield hub_name(name), tensor
-
-    @torch.no_grad()
-    def change(self, seed: int):
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.model.parameters():
-            parameter.add_(0.1 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
-
-    @torch.no_grad()
-    def logprobs(self, request: Request, response: list[int], temperature: float) -> np.ndarray:
-        """transformers' log-probs of a response, teacher-forced."""
-        prompt = request.prompt.sequence
-        ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
-        kinds = (ids == self.model.config.image_token_id).int() + 2 * (ids == self.model.config.video_token_id).int()
-        extra = vision_arguments(prompt, self.model.config.video_token_id)
-        extra |= {"mm_token_type_ids": kinds} if extra else {}
-        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0].double()
-        scores = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
-        return scores.gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
-
-    def worst(self, answers, temperature: float = 1.0) -> dict[str, float]:
-        """Largest difference of log-probs for every prompt."""
-        special = self.directory.special
-        pads = {special.image_pad, special.video_pad}  # transformers takes sampled ones for pictures
-        found = {}
-        for request, completions in zip(self.requests, answers, strict=True):
-            usable = [each for each in completions if not pads & set(each.token_ids)]
-            assert usable
-            found[request.key] = max(
-                np.abs(self.logprobs(request, each.token_ids, temperature) - each.logprobs).max() for each in usable
-            )
-        return found
+LONG = dict(num_generations=16, max_completion_length=600)  # takes many seconds
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    made = World(tmp_path_factory.mktemp("vllm"))
-    yield made
-    made.engine.close()
+    return VLLMWorld(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture(scope="module")
+def running(world):
+    """One process for all tests; one that has ended it starts it anew through `engine`."""
+    engine = world.engine(RolloutConfig(rollout_timeout_seconds=60.0))
+    engine.start()
+    yield engine
+    engine.close()
+    engine.close()  # may be called twice
+
+
+@pytest.fixture
+def engine(world, running):
+    """With the model's present weights in it."""
+    running.restart()
+    running.load_weights(world.weights())
+    return running
 
 
 def never() -> bool:
     return False
 
 
-def test_log_probs_are_those_of_transformers(world):
-    """After three updates, with the same pictures and long texts each time: nothing stale, nothing missing."""
-    for step in range(6):
+def tokens(answers) -> list[list[list[int]]]:
+    return [[completion.token_ids for completion in answer] for answer in answers]
+
+
+def test_log_probs_are_those_of_transformers(world, engine):
+    """After each update with the same pictures and long texts: nothing stale, nothing missing, at any temperature."""
+    steps, rows, columns = world.requests[3].prompt.sequence.grid_thw[0].tolist()
+    assert steps > max(rows, columns) // 2  # vLLM's own positions are wrong for such a video
+    for step, temperature in enumerate((1.0, 0.7, 1.0)):
         world.change(step)
-        sums = world.engine.load_weights(world.weights())
-        assert {name: value for name, value in sums.items() if not name.startswith("engine:")} == {
-            name: checksum(tensor) for name, tensor in world.weights()
-        }
-        answers = world.engine.generate(world.requests, world.sampling(seed=step), never)
-        print(world.worst(answers))
-        assert max(world.worst(answers).values()) < 1e-4
+        engine.load_weights(world.weights())
+        sampling = world.sampling(seed=step, temperature=temperature)
+        for _ in range(2):  # the second time from the caches
+            answers = engine.generate(world.requests, sampling, never)
+            assert max(world.worst(answers, temperature).values()) < 1e-4
+
+
+def test_checksums_cover_what_arrived_and_what_runs(world, engine):
+    world.change(10)
+    sums = engine.load_weights(world.weights())
+    expected = {name: checksum(tensor) for name, tensor in world.weights()}
+    assert {name: value for name, value in sums.items() if not name.startswith("engine:")} == expected
+    running = {name.removeprefix("engine:"): value for name, value in sums.items() if name.startswith("engine:")}
+    assert running == {name: expected[name] for name in running}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "visual.patch_embed.proj.weight"} <= set(running)
+
+
+def test_greedy(world, engine):
+    answers = engine.generate(world.requests, world.sampling(num_generations=1, temperature=0.0), never)
+    assert max(world.worst(answers).values()) < 1e-4
+    for request, (completion,) in zip(world.requests, answers, strict=True):
+        likeliest = world.likeliest(request, completion.token_ids)
+        assert completion.token_ids == likeliest
+
+
+def test_samples_depend_on_key_seed_and_number_alone(world, engine):
+    together = tokens(engine.generate(world.requests, world.sampling(), never))
+    assert len({tuple(response) for response in together[1]}) == len(together[1])
+    alone = tokens(engine.generate(world.requests[1:2], world.sampling(), never))
+    assert alone[0] == together[1]
+    fewer = tokens(engine.generate(world.requests[1:2], world.sampling(num_generations=2), never))
+    assert fewer[0] == together[1][:2]
+    assert tokens(engine.generate(world.requests[1:2], world.sampling(seed=2), never))[0] != together[1]
+    other_key = [Request("another", world.requests[1].prompt)]
+    assert tokens(engine.generate(other_key, world.sampling(), never))[0] != together[1]
+
+
+def test_a_response_ends_with_its_stop_token(world, engine):
+    (completion,) = engine.generate(world.requests[:1], world.sampling(num_generations=1), never)[0]
+    assert completion.finish_reason == "length" and len(completion.token_ids) == LENGTH
+    stop = completion.token_ids[7]
+    end = completion.token_ids.index(stop) + 1
+    (stopped,) = engine.generate(world.requests[:1], world.sampling(num_generations=1, stop_ids=(stop,)), never)[0]
+    assert stopped.finish_reason == "stop" and stopped.token_ids == completion.token_ids[:end]
+    np.testing.assert_allclose(stopped.logprobs, completion.logprobs[:end], atol=1e-5)
+
+
+def test_generation_can_be_broken_off(world, engine):
+    begin, asked = time.monotonic(), []
+
+    def soon() -> bool:
+        asked.append(time.monotonic())
+        return time.monotonic() - begin > 1.0
+
+    with pytest.raises(Interrupted):
+        engine.generate(world.requests, world.sampling(**LONG), soon)
+    assert time.monotonic() - begin < 10.0 and len(asked) >= 3
+    answers = engine.generate(world.requests, world.sampling(), never)
+    assert max(world.worst(answers).values()) < 1e-4
+
+
+def test_late_responses_are_left_out(world, engine):
+    before, engine.config = engine.config, replace(engine.config, rollout_timeout_seconds=1.0)
+    try:
+        answers = engine.generate(world.requests, world.sampling(**LONG), never)
+    finally:
+        engine.config = before
+    assert [len(answer) for answer in answers] == [LONG["num_generations"]] * len(world.requests)
+    assert any(completion is None for answer in answers for completion in answer)
+    answers = engine.generate(world.requests, world.sampling(), never)
+    assert None not in answers[0] and max(world.worst(answers).values()) < 1e-4
+
+
+def test_a_prompt_that_cannot_be_answered_is_left_out(world, engine):
+    """Longer than max_model_len."""
+    sequence = world.requests[0].prompt.sequence
+    long = replace(sequence, input_ids=sequence.input_ids.repeat(40))
+    answers = engine.generate([Request("long", Prompt(long)), *world.requests], world.sampling(), never)
+    assert answers[0] == [None] * 4
+    assert max(world.worst(answers[1:]).values()) < 1e-4
+
+
+def test_a_prompt_of_another_length_is_an_error(world, engine):
+    """The trainer's pictures and the engine's must make the same number of tokens."""
+    prompt = world.requests[1].prompt
+    smaller = replace(prompt, images=(prompt.images[0][:28],))
+    with pytest.raises(UserError, match="prompt image: vLLM makes .* tokens of it, the trainer"):
+        engine.generate([Request("image", smaller)], world.sampling(), never)
+    answers = engine.generate(world.requests, world.sampling(), never)
+    assert max(world.worst(answers).values()) < 1e-4
+
+
+def test_weights_that_are_not_whole_are_refused(world, engine):
+    for tensors, message in (
+        (list(world.weights())[:-1], "did not come"),
+        ([*world.weights(), ("model.extra", torch.zeros(2))], "none of the model's"),
+        ([(name, tensor[:1]) for name, tensor in world.weights()], "none of the model's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.load_weights(iter(tensors))
+        with pytest.raises(EngineDied, match="restarted"):
+            engine.generate(world.requests, world.sampling(), never)
+        engine.restart()
+    with pytest.raises(EngineDied, match="no weights"):
+        engine.generate(world.requests, world.sampling(), never)
+
+
+def test_killed_in_the_midst_of_generation(world, engine):
+    """EngineDied at once, with its end; restarted and given weights it works as before."""
+    pid, begin = engine.pid, time.monotonic()
+
+    def kill() -> bool:
+        if time.monotonic() - begin > 1.0 and engine.pid == pid:
+            os.kill(pid, signal.SIGKILL)
+        return False
+
+    with pytest.raises(EngineDied, match=rf"rank 0 \(pid {pid}\) ended \(signal SIGKILL\) while generating"):
+        engine.generate(world.requests, world.sampling(**LONG), kill)
+    assert time.monotonic() - begin < 10.0
+    with pytest.raises(EngineDied, match="restarted"):
+        engine.load_weights(world.weights())
+    engine.restart()
+    engine.load_weights(world.weights())
+    assert max(world.worst(engine.generate(world.requests, world.sampling(), never)).values()) < 1e-4
+
+
+def test_killed_while_weights_arrive(world, engine):
+    def broken():
+        for number, item in enumerate(world.weights()):
+            if number == 10:
+                os.kill(engine.pid, signal.SIGKILL)
+                time.sleep(0.5)
+            yield item
+
+    with pytest.raises(EngineDied, match="SIGKILL.* while loading weights"):
+        engine.load_weights(broken())
+
+
+def test_a_hung_engine_is_ended(world, engine):
+    engine.config = replace(engine.config, weight_sync_timeout_seconds=1.0)
+    pid = engine.pid
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(EngineDied, match="no answer within 1 s"):
+        engine.load_weights(world.weights())
+    assert not os.path.exists(f"/proc/{pid}")
+    engine.config = replace(engine.config, weight_sync_timeout_seconds=300.0)
+
+
+def test_sleep_and_wake_are_harmless_on_the_cpu(world, engine):
+    engine.sleep()
+    engine.wake()
+    engine.load_weights(world.weights())
+    assert max(world.worst(engine.generate(world.requests, world.sampling(), never)).values()) < 1e-4
+
+
+def test_the_engine_ends_with_its_trainer(world, tmp_path):
+    """kill -9 of the trainer leaves no process behind."""
+    program = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "import torch; from pathlib import Path\n"
+        "from umer1.models.qwen2_vl.directory import HFDirectory; from umer1.rl.config import RolloutConfig\n"
+        "from umer1.rl.engines.vllm_engine import VLLMEngine\n"
+        "engine = VLLMEngine(RolloutConfig(), HFDirectory.open(sys.argv[1]), dtype=torch.float32, max_model_len=64,\n"
+        "                    rank=0, local_rank=0)\n"
+        "print(engine.pid, flush=True); time.sleep(600)\n"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program, str(world.root / "model")], stdout=subprocess.PIPE, text=True
+    )
+    pid = int(trainer.stdout.readline())
+    time.sleep(2.0)  # its interpreter has come as far as asking the kernel
+    assert os.path.exists(f"/proc/{pid}")
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 10.0
+    while _alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _alive(pid: int) -> bool:
+    """A zombie that nobody has waited for is dead."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_heads_that_vllm_cannot_run_are_refused_at_once(tmp_path):
+    from tiny_qwen2_vl import make_tiny_directory
+
+    from umer1.models.qwen2_vl.directory import HFDirectory
+    from umer1.rl.engines.vllm_engine import VLLMEngine
+
+    directory = HFDirectory.open(make_tiny_directory(tmp_path, hidden=64))
+    with pytest.raises(UserError, match="heads of size 16.*legal are 32"):
+        VLLMEngine(RolloutConfig(), directory, dtype=torch.float32, max_model_len=64, rank=0, local_rank=0)

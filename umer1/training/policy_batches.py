@@ -135,7 +135,7 @@ def plan(
     ]
     lengths = [len(round_.prompt(r).sequence) + len(round_.completions[r].token_ids) for r in rollouts]
     patches = [int(round_.prompt(r).sequence.grid_thw.prod(-1).sum()) for r in rollouts]
-    places = plan_micro_batches(lengths, patches, micro_batch_size, max_tokens, max_patches, **multiple)
+    places = plan_micro_batches(lengths, patches, micro_batch_size, max_tokens, max_patches, multiple_of=multiple_of)
     return [[rollouts[place] for place in batch] for batch in places]
 
 

@@ -28,7 +28,7 @@ class PolicyConfig:
     loss_normalisation: Literal["response", "constant"] = "response"
     """Divide a response's sum over tokens by its own length (the paper), or by max_completion_length (upstream)."""
     importance_sampling_cap: float | None = None
-    """Weigh each token by min(trainer's / engine's probability, cap) against their mismatch; default: off.  2 is usual."""
+    """Weigh each token by min(trainer's / engine's probability, cap), against their mismatch; unset: off; 2 is usual."""
     inner_epochs: int = 1
     """Times that a step's rollouts are learnt from; log-probs of before are computed once."""
     mini_batches: int = 1
@@ -112,8 +112,8 @@ class GRPOConfig:
             )
         if self.model.hf_model is not None and self.checkpoint.load is not None:
             found.append(
-                f"hf_model={self.model.hf_model} and load={self.checkpoint.load} (perhaps of the configuration file) both "
-                "say where the weights come from; keep one and give `none` for the other"
+                f"hf_model={self.model.hf_model} and load={self.checkpoint.load} both say where the weights come from; "
+                "keep one (`--load none` overrides a configuration file)"
             )
         return found + self.reward.batch_violations(self.data.global_batch_size)
 

@@ -40,6 +40,10 @@ class Sample:
     finish_reason: str
 
 
+class BadPrompt(Exception):
+    """vLLM does not take this prompt; others are not touched."""
+
+
 def sample_seed(seed: int, key: str, number: int) -> int:
     """63 bits that differ for every (seed, prompt, sample): a response does not depend on what else is in the batch."""
     digest = hashlib.blake2b(f"{seed}\0{key}\0{number}".encode(), digest_size=8).digest()
@@ -85,29 +89,20 @@ class VLLMCore:
     # -- generation --------------------------------------------------------------------------------------------------
 
     def add(self, index: int, key: str, ids: list[int], images: list, videos: list, sampling: dict[str, Any]) -> int:
-        """Queue all samples of a prompt; returns the expanded prompt's length.  Raises ValueError on a bad one.
+        """Queue all samples of a prompt; returns the expanded prompt's length.  Raises BadPrompt.
 
         ids: vision blocks with one pad each; images uint8 [H, W, 3], videos uint8 [frames, H, W, 3], resized already.
         """
         media = {name: items for name, items in (("image", images), ("video", videos)) if items}
         prompt = {"prompt_token_ids": ids} | ({"multi_modal_data": media} if media else {})
         renderer = self.engine.renderer
-        parsed = parse_model_prompt(self.engine.model_config, prompt)
-        (rendered,) = renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)
-        for number in range(sampling["num_generations"]):
-            params = SamplingParams(
-                temperature=sampling["temperature"],
-                top_p=1.0,
-                top_k=0,
-                max_tokens=sampling["max_completion_length"],
-                stop_token_ids=sampling["stop_ids"],
-                ignore_eos=True,  # the tokenizer's end is a stop only where stop_ids say so
-                seed=sample_seed(sampling["seed"], key, number),
-                logprobs=0,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            self.engine.add_request(f"{index}/{number}", rendered, params)
+        try:
+            parsed = parse_model_prompt(self.engine.model_config, prompt)
+            (rendered,) = renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)
+            for number in range(sampling["num_generations"]):
+                self.engine.add_request(f"{index}/{number}", rendered, _parameters(key, number, sampling))
+        except Exception as error:  # vLLM, the processors and torch have no common type for what is wrong with input
+            raise BadPrompt(f"{type(error).__name__}: {error}") from error
         return len(rendered["prompt_token_ids"])
 
     def run(self, keep_on: Callable[[], bool]) -> Iterator[list[Sample]]:
@@ -149,6 +144,21 @@ class VLLMCore:
         """what: "weights" before an update, "kv_cache" after it."""
         if self.sleeps:
             self.engine.wake_up([what])
+
+
+def _parameters(key: str, number: int, sampling: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling["temperature"],
+        top_p=1.0,
+        top_k=0,
+        max_tokens=sampling["max_completion_length"],
+        stop_token_ids=sampling["stop_ids"],
+        ignore_eos=True,  # the tokenizer's end is a stop only where stop_ids say so
+        seed=sample_seed(sampling["seed"], key, number),
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _sample(output: Any) -> Sample:

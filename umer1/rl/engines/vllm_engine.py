@@ -85,11 +85,16 @@ class VLLMEngine:
             save_engine_assets(directory, images, self._model_folder, dtype=name, max_tokens=max_model_len)
         self._launch()
 
+    @property
+    def pid(self) -> int | None:
+        """The child's process, while there is one."""
+        return self._process.pid if self._process is not None else None
+
     # -- generation --------------------------------------------------------------------------------------------------
 
     def generate(self, requests: list[Request], sampling: Sampling, stop: Stop) -> list[list[Completion | None]]:
         """See RolloutEngine.  Responses that are not there after `rollout_timeout_seconds` are None."""
-        self._start()
+        self.start()
         answers = Answers(requests, sampling.num_generations)
         with self._exchange("generating"):
             self._send("generate", count=len(requests), sampling=asdict(sampling))
@@ -130,7 +135,7 @@ class VLLMEngine:
         The answer has each tensor's checksum as it arrived, and under "engine:" + name that of the running model's
         own tensor, for those that vLLM keeps as they are.
         """
-        self._start()
+        self.start()
         with self._exchange("loading weights"):
             staging = self._staging_buffer()
             self._send("begin_weights", staging=staging.described() if staging.shared else None)
@@ -173,7 +178,7 @@ class VLLMEngine:
 
     def _simple(self, command: str, phase: str) -> None:
         if self.server is None and device.has_cuda():
-            self._start()
+            self.start()
             with self._exchange(phase):
                 self._send(command)
                 self._await("done", _ANSWER_SECONDS)
@@ -194,7 +199,7 @@ class VLLMEngine:
     def _launch(self) -> None:
         self._started = False
         if self.server is not None:
-            return  # _start connects: a server that is not there must not end the constructor
+            return  # `start` connects: a server that is not there must not end the constructor
         self._process = EngineProcess(self.log_path, self.devices)
         self._channel = Channel(self._process.connection)
         with self._exchange("starting"):
@@ -209,18 +214,21 @@ class VLLMEngine:
                 sleep=True,
             )
 
-    def _start(self) -> None:
-        """Wait until the engine stands.  Raises EngineDied."""
+    def start(self, stop: Stop = lambda: False) -> None:
+        """Wait until the engine stands; every other method does so by itself, without a look at `stop`.
+
+        Raises EngineDied, Interrupted.
+        """
         if self._started:
             return
         if self.server is not None:
             with self._exchange("connecting"):
-                self._channel = connect(self.server, self.directory.config, self.dtype, self.max_model_len)
+                self._channel = connect(self.server, self.directory.config, self.dtype, self.max_model_len, stop)
         elif self._channel is None:
             raise EngineDied(f"the vLLM engine of rank {self.rank} is not running; it has to be restarted")
         else:
             with self._exchange("starting"):
-                self._await("started", START_SECONDS)
+                self._await("started", START_SECONDS, stop)
         self._started = True
 
     def _end(self) -> None:
@@ -266,10 +274,13 @@ class VLLMEngine:
     def _poll(self, seconds: float) -> Message | None:
         return self._channel.poll(seconds)
 
-    def _await(self, op: str, seconds: float) -> Message:
-        message = self._poll(seconds)
-        if message is None:
-            raise TimeoutError(f"no answer within {seconds:g} s")
+    def _await(self, op: str, seconds: float, stop: Stop = lambda: False) -> Message:
+        deadline = time.monotonic() + seconds
+        while (message := self._poll(_TICK_SECONDS)) is None:
+            if stop():
+                raise Interrupted("the engine's start was broken off")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer within {seconds:g} s")
         self._refused(message)
         if message.op != op:
             raise WireError(f"{message.op[:40]!r} where {op!r} was due")

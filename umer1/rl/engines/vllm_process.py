@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from umer1 import device
 
@@ -52,6 +53,30 @@ def engine_environment(cuda_devices: list[int] | None = None) -> dict[str, str]:
     return environment
 
 
+def server_command(mode: str, connection: socket.socket, *arguments: str) -> list[str]:
+    """The command line of vllm_server on an inherited socket."""
+    command = [sys.executable, "-m", "umer1.rl.engines.vllm_server", mode, str(connection.fileno()), str(os.getpid())]
+    return [*command, *arguments]
+
+
+def start(
+    command: list[str],
+    connection: socket.socket,
+    *,
+    log: IO[bytes] | None = None,
+    cuda_devices: list[int] | None = None,
+) -> subprocess.Popen:
+    """The process, with its output in `log` (default: where this process's goes)."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=engine_environment(cuda_devices if device.has_cuda() else None),
+        pass_fds=[connection.fileno()],
+    )
+
+
 class EngineProcess:
     """A running child and the socket to it."""
 
@@ -62,21 +87,7 @@ class EngineProcess:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_begin = log_path.stat().st_size if log_path.exists() else 0
         with theirs, open(log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "umer1.rl.engines.vllm_server",
-                    "--child",
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=engine_environment(cuda_devices if device.has_cuda() else None),
-                pass_fds=[theirs.fileno()],
-            )
+            self.process = start(server_command("--child", theirs), theirs, log=log, cuda_devices=cuda_devices)
 
     @property
     def pid(self) -> int:

@@ -3,6 +3,7 @@
 import hmac
 import os
 import socket
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -12,10 +13,12 @@ from umer1.errors import UserError
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.rl.engines.vllm_assets import dtype_name
 from umer1.rl.engines.vllm_wire import Channel, ConnectionLost, WireError
+from umer1.rl.types import Interrupted, Stop
 
 PROTOCOL = 1
 TOKEN_VARIABLE = "UMER1_ROLLOUT_TOKEN"
 _SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
 
 
 def token() -> str:
@@ -33,12 +36,11 @@ def model_description(config: Qwen2VLConfig) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
-def connect(address: tuple[str, int], config: Qwen2VLConfig, dtype: torch.dtype, max_model_len: int) -> Channel:
-    """A channel to the server.  Raises ConnectionLost, TimeoutError or WireError; UserError when it does not fit."""
-    try:
-        connection = socket.create_connection(address, timeout=_SECONDS)
-    except OSError as error:
-        raise ConnectionLost(f"cannot connect: {error}") from None
+def connect(
+    address: tuple[str, int], config: Qwen2VLConfig, dtype: torch.dtype, max_model_len: int, stop: Stop
+) -> Channel:
+    """A channel to the server.  UserError when it does not fit; else as the channel, or Interrupted."""
+    connection = _connected(address, stop)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     channel = Channel(connection)
@@ -50,6 +52,20 @@ def connect(address: tuple[str, int], config: Qwen2VLConfig, dtype: torch.dtype,
         channel.close()
         raise
     return channel
+
+
+def _connected(address: tuple[str, int], stop: Stop) -> socket.socket:
+    """Tried for a while: a server that is started anew takes no connections until its engine stands."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return socket.create_connection(address, timeout=_SECONDS)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionLost(f"cannot connect for {PATIENCE_SECONDS:g} s: {error}") from None
+        if stop():
+            raise Interrupted("connecting was broken off")
+        time.sleep(0.5)
 
 
 def _answer(channel: Channel, op: str):

@@ -4,6 +4,7 @@ It answers one command at a time, over a socket, with the messages of vllm_wire.
 connection stands, so that the other side learns at once that the process lives.
 """
 
+import json
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from umer1.rl.engines.vllm_process import end_with_parent
 from umer1.rl.engines.vllm_wire import Channel, ConnectionLost, Message, WireError
 
 SEND_SECONDS = 60.0
+_MESSAGE_SECONDS = 900.0  # for the next message of a command under way: a trainer may wait for its other ranks
 _CANCEL_CHECK_SECONDS = 0.1
 
 
@@ -29,18 +32,15 @@ class RequestError(Exception):
 class Session:
     """The commands of one connection, carried out on one core."""
 
-    def __init__(self, core: Any, description: dict[str, Any]):
-        self.core, self.description = core, description
-        self.loaded = False  # whole weights are there
-        self.sums: dict[str, float] = {}  # of the weights loaded last
+    def __init__(self, core: Any):
+        self.core = core
+        self.loaded = False  # whole weights are there, from this connection
 
     def answer(self, channel: Channel, message: Message) -> None:
         """Carry out one command.  Raises ConnectionLost when the asker goes meanwhile."""
         commands = {
-            "describe": self._describe,
             "generate": self._generate,
             "begin_weights": self._weights,
-            "checksums": self._checksums,
             "sleep": self._sleep,
             "wake": self._wake,
         }
@@ -51,12 +51,6 @@ class Session:
         except (RequestError, KeyError, TypeError, ValueError) as error:
             traceback.print_exc()
             channel.send("refused", timeout=SEND_SECONDS, reason=f"{type(error).__name__}: {error}"[:2000])
-
-    def _describe(self, channel: Channel, message: Message) -> None:
-        channel.send("description", timeout=SEND_SECONDS, **self.description)
-
-    def _checksums(self, channel: Channel, message: Message) -> None:
-        channel.send("loaded", timeout=SEND_SECONDS, checksums=self.sums)
 
     def _sleep(self, channel: Channel, message: Message) -> None:
         self.core.sleep()
@@ -106,12 +100,14 @@ class Session:
             return False
         if message.op != "prompt":
             raise WireError(f"{message.op[:40]!r} where a prompt was due")
+        from umer1.rl.engines.vllm_core import BadPrompt
+
+        images, videos = _media(message)
+        ids = [int(token) for token in message.fields["ids"]]
         try:
-            images, videos = _media(message)
-            ids = [int(token) for token in message.fields["ids"]]
             length = self.core.add(index, str(message.fields["key"]), ids, images, videos, sampling)
             channel.send("length", timeout=SEND_SECONDS, request=index, tokens=length)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:  # this prompt's fault, not the engine's
+        except BadPrompt as error:
             traceback.print_exc()
             channel.send("failed", timeout=SEND_SECONDS, request=index, reason=str(error)[:500])
         return True
@@ -120,7 +116,7 @@ class Session:
 
     def _weights(self, channel: Channel, message: Message) -> None:
         """ "weights" messages follow, each acknowledged when its bytes are taken; "end_weights" ends them."""
-        self.loaded, self.sums = False, {}
+        self.loaded = False
         staging = message.fields.get("staging")
         self.core.call("umer1_begin_weights", staging)
         complete = False
@@ -136,7 +132,7 @@ class Session:
         finally:
             if not complete:
                 self.core.call("umer1_abandon_weights")
-        self.loaded, self.sums = True, sums
+        self.loaded = True
         channel.send("loaded", timeout=SEND_SECONDS, checksums=sums)
 
     def _parts(self, channel: Channel) -> Iterator[Message]:
@@ -170,9 +166,10 @@ def _media(message: Message) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return found[0], found[1]
 
 
-def _wait(channel: Channel) -> Message:
-    while (message := channel.poll(3600.0)) is None:
-        pass
+def _wait(channel: Channel, seconds: float = _MESSAGE_SECONDS) -> Message:
+    message = channel.poll(seconds)
+    if message is None:
+        raise TimeoutError(f"the other side has said nothing for {seconds:g} s")
     return message
 
 
@@ -196,20 +193,31 @@ def serve_child(connection: socket.socket) -> None:
     if message.op != "configure":
         raise WireError(f"{message.op[:40]!r} where the configuration was due")
     core, description = build(message.fields)
-    session = Session(core, description)
+    session = Session(core)
     channel.send("started", timeout=SEND_SECONDS, **description)
     while True:
-        session.answer(channel, _wait(channel))
+        message = channel.poll(3600.0)
+        if message is not None:
+            session.answer(channel, message)
 
 
 def main(argv: list[str]) -> None:
-    """`--child FD PARENT`: what vllm_process starts."""
-    fd, parent = int(argv[1]), int(argv[2])
-    end_with_parent(parent)
+    """`--child FD PARENT`, or `--listen FD PARENT SETTINGS.json`: what EngineProcess and `serve-rollouts` start."""
+    end_with_parent(int(argv[2]))
+    connection = socket.socket(fileno=int(argv[1]))
     try:
-        serve_child(socket.socket(fileno=fd))
+        if argv[0] == "--child":
+            serve_child(connection)
+        else:
+            from umer1.rl.engines.vllm_listen import serve_forever
+
+            serve_forever(connection, json.loads(Path(argv[3]).read_text()))
     except ConnectionLost:
         print("the trainer has gone: this engine ends", file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     # vLLM's threads and exit handlers have nothing left to do, and some do not end on their own
     sys.stdout.flush()
     os._exit(0)
