@@ -119,7 +119,7 @@ def plan(
     micro_batch_size: int,
     max_tokens: int | None,
     max_patches: int | None,
-    **multiple,
+    multiple_of: int,
 ) -> list[list[int]]:
     """Rollouts of `pairs` in micro-batches, rollouts of one prompt together as far as the budgets let them.
 

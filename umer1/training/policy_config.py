@@ -28,7 +28,7 @@ class PolicyConfig:
     loss_normalisation: Literal["response", "constant"] = "response"
     """Divide a response's sum over tokens by its own length (the paper), or by max_completion_length (upstream)."""
     importance_sampling_cap: float | None = None
-    """Weigh each token by min(trainer's / engine's probability, cap), against their mismatch; unset: off; 2 is usual."""
+    """Weigh each token by min(trainer's / engine's probability, cap) against their mismatch.  Unset: off; usual: 2."""
     inner_epochs: int = 1
     """Times that a step's rollouts are learnt from; log-probs of before are computed once."""
     mini_batches: int = 1
