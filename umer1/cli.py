@@ -9,6 +9,7 @@ COMMANDS = {
     "convert": ("umer1.conversion", "Hugging Face directory <-> megatron distributed checkpoint"),
     "encode": ("umer1.inference.encode", "JSONL of inputs -> embeddings, in disc or gen mode"),
     "eval": ("umer1.evaluation.mini", "score a model on a benchmark"),
+    "serve-rollouts": ("umer1.rl.engines.vllm_serve", "a vLLM engine for GRPO that trainers reach over TCP"),
     "compare": ("umer1.evaluation.compare", "results of several runs side by side"),
 }
 
@@ -19,7 +20,7 @@ def main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: umer1 COMMAND ...   (umer1 COMMAND --help tells more)\n")
         for name, (_, text) in COMMANDS.items():
-            print(f"  {name:10s} {text}")
+            print(f"  {name:14s} {text}")
         print("\nTraining: torchrun --nproc-per-node N examples/pretrain_sft.py --help")
         return
     if arguments[0] not in COMMANDS:

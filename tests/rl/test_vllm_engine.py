@@ -146,24 +146,33 @@ def test_a_prompt_that_cannot_be_answered_is_left_out(world, engine):
 def test_a_prompt_of_another_length_is_an_error(world, engine):
     """The trainer's pictures and the engine's must make the same number of tokens."""
     prompt = world.requests[1].prompt
-    smaller = replace(prompt, images=(prompt.images[0][:28],))
+    smaller = replace(prompt, images=(prompt.images[0][:, :28],))
     with pytest.raises(UserError, match="prompt image: vLLM makes .* tokens of it, the trainer"):
         engine.generate([Request("image", smaller)], world.sampling(), never)
     answers = engine.generate(world.requests, world.sampling(), never)
     assert max(world.worst(answers).values()) < 1e-4
 
 
+def test_sleep_and_wake_are_harmless_on_the_cpu(world, engine):
+    engine.sleep()
+    engine.wake()
+    engine.load_weights(world.weights())
+    assert max(world.worst(engine.generate(world.requests, world.sampling(), never)).values()) < 1e-4
+
+
 def test_weights_that_are_not_whole_are_refused(world, engine):
     for tensors, message in (
-        (list(world.weights())[:-1], "did not come"),
         ([*world.weights(), ("model.extra", torch.zeros(2))], "none of the model's"),
         ([(name, tensor[:1]) for name, tensor in world.weights()], "none of the model's"),
+        ([*world.weights(), *world.weights()], "came twice"),
     ):
         with pytest.raises(ValueError, match=message):
-            engine.load_weights(iter(tensors))
-        with pytest.raises(EngineDied, match="restarted"):
-            engine.generate(world.requests, world.sampling(), never)
-        engine.restart()
+            list(engine._checked(tensors))
+    with pytest.raises(ValueError, match="1 tensors did not come"):
+        engine.load_weights(iter(list(world.weights())[:-1]))
+    with pytest.raises(EngineDied, match="restarted"):
+        engine.generate(world.requests, world.sampling(), never)
+    engine.restart()
     with pytest.raises(EngineDied, match="no weights"):
         engine.generate(world.requests, world.sampling(), never)
 
@@ -207,13 +216,6 @@ def test_a_hung_engine_is_ended(world, engine):
         engine.load_weights(world.weights())
     assert not os.path.exists(f"/proc/{pid}")
     engine.config = replace(engine.config, weight_sync_timeout_seconds=300.0)
-
-
-def test_sleep_and_wake_are_harmless_on_the_cpu(world, engine):
-    engine.sleep()
-    engine.wake()
-    engine.load_weights(world.weights())
-    assert max(world.worst(engine.generate(world.requests, world.sampling(), never)).values()) < 1e-4
 
 
 def test_the_engine_ends_with_its_trainer(world, tmp_path):

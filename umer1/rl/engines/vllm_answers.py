@@ -71,10 +71,9 @@ class Answers:
             )
 
     def _completions(self, message: Message) -> None:
-        bodies = iter(message.bodies)
-        for index, number, reason in message.fields["samples"]:
-            token_ids = np.frombuffer(next(bodies), dtype=np.int32)
-            logprobs = np.frombuffer(next(bodies), dtype=np.float32)
+        pairs = zip(message.bodies[::2], message.bodies[1::2], strict=True)
+        for (index, number, reason), (ids, scores) in zip(message.fields["samples"], pairs, strict=True):
+            token_ids, logprobs = np.frombuffer(ids, dtype=np.int32), np.frombuffer(scores, dtype=np.float32)
             if len(token_ids) != len(logprobs) or index < 0 or number < 0:
                 raise ValueError(f"{len(token_ids)} tokens with {len(logprobs)} log-probs")
             if reason not in ("stop", "length") or not np.isfinite(logprobs).all():

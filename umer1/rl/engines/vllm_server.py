@@ -4,6 +4,7 @@ It answers one command at a time, over a socket, with the messages of vllm_wire.
 connection stands, so that the other side learns at once that the process lives.
 """
 
+import itertools
 import json
 import os
 import socket
@@ -156,13 +157,14 @@ def checked_sampling(sampling: dict[str, Any]) -> dict[str, Any]:
 
 def _media(message: Message) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """uint8 arrays of the prompt's pictures: `images` [[H, W, 3], ...], `videos` [[frames, H, W, 3], ...]."""
+    found: list[list[np.ndarray]] = []
     bodies = iter(message.bodies)
-    found = []
     for name, dimensions in (("images", 3), ("videos", 4)):
         shapes = message.fields.get(name, [])
         if any(len(shape) != dimensions or shape[-1] != 3 for shape in shapes):
-            raise ValueError(f"{name} have shapes {shapes}")
-        found.append([np.frombuffer(next(bodies), dtype=np.uint8).reshape(shape) for shape in shapes])
+            raise ValueError(f"{name} have shapes {str(shapes)[:200]}")
+        arrays = [np.frombuffer(body, dtype=np.uint8) for body in itertools.islice(bodies, len(shapes))]
+        found.append([array.reshape(shape) for array, shape in zip(arrays, shapes, strict=True)])
     return found[0], found[1]
 
 
