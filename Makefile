@@ -6,7 +6,7 @@ BIN = .venv/bin
 .PHONY: quickstart test lint setup
 setup: .venv/ready
 
-.venv/ready: requirements/cpu.txt requirements/cuda.txt pyproject.toml setup.py requirements/install.sh
+.venv/ready: requirements/cpu.txt requirements/cuda.txt requirements/rollout-cpu.txt pyproject.toml setup.py requirements/install.sh
 	PYTHON="$(PYTHON)" sh requirements/install.sh
 
 quickstart: setup
