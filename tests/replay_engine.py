@@ -37,6 +37,9 @@ class ReplayEngine:
     def load_weights(self, tensors):
         return {name: checksum(tensor) for name, tensor in tensors}
 
+    def start(self, stop):
+        pass
+
     def sleep(self):
         pass
 

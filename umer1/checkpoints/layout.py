@@ -5,6 +5,7 @@
         umer1.json                           manifest: every other file with its size and CRC-32
         *.distcp, .metadata, common.pt, metadata.json     megatron's torch_dist format
         extra.json, rng.json, hf/            the trainer's state, generators' states, the Hugging Face assets
+    SAVE/reference/                          GRPO: the model that the run started from
     SAVE/.tmp-iter_0000020-...               being written, or left behind by a killed process
 
 No torch in here; every function runs on one process.
@@ -28,7 +29,7 @@ MANIFEST = "umer1.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT_VERSION = 1
 _NAME = re.compile(r"iter_(\d{7,})")
-_LEFT_BEHIND = re.compile(r"\.(tmp|old|removed)-(iter_\d{7,})-[0-9a-f]{12}")
+_LEFT_BEHIND = re.compile(r"\.(tmp|old|removed)-(iter_\d{7,}|reference)-[0-9a-f]{12}")
 _BLOCK = 1 << 22
 
 

@@ -5,7 +5,8 @@ of their own (vllm) stand one beside each group of consecutive ranks, its first 
 dealt out over its ranks, gathered at the leader and the answers brought back.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from umer1.rl.types import Completion, EngineDied, Interrupted, Request, Rollout
 from umer1.rl.weight_sync import WeightSync
 
 Answer = list[Completion | None]
+
+_TICK_SECONDS = 0.02  # between looks at signals of a rank that waits for the others
 
 
 class FollowingEngine:
@@ -35,6 +38,9 @@ class FollowingEngine:
         for _ in tensors:
             pass
         return {}
+
+    def start(self, stop: Stop) -> None:
+        """Nothing to wait for."""
 
     def sleep(self) -> None:
         """Nothing to do."""
@@ -70,8 +76,13 @@ class RolloutPhase:
                     self.group = group
         self.answered: dict[str, Answer] = {}  # of the step at hand: kept when another rank's engine died
 
-    def load_weights(self, models: list[torch.nn.Module]) -> float:
-        """The trainer's weights into every engine; seconds.  Raises EngineDied or UserError on all ranks together."""
+    def load_weights(self, models: list[torch.nn.Module], stop: Stop) -> float:
+        """The trainer's weights into every engine; seconds.
+
+        Raises on all ranks together: EngineDied, UserError; Interrupted, when `stop` says so while engines start.
+        """
+        outcome = self._attempt(lambda asked_to_stop: self.engine.start(asked_to_stop), stop)
+        self._agree(outcome)
         return self.sync_weights(models)
 
     def run(self, requests: list[Request], sampling: Sampling, stop: Stop) -> list[Answer]:
@@ -80,32 +91,55 @@ class RolloutPhase:
         Raises on all ranks together: Interrupted, EngineDied (call again after `restart` and `load_weights`: answers
         that had come stay), UserError.  `stop` is this rank's own; the others hear of it.
         """
-
-        def asked_to_stop() -> bool:
-            if stop():
-                self.leave.up()
-            return self.leave.is_up()
-
         mine = requests if self.engine.collective else requests[self._place() :: self._replica()]
         waiting = [request for request in mine if request.key not in self.answered]
-        outcome = _Outcome()
-        try:
-            gathered = waiting if self.engine.collective else self._gather(waiting)
+        gathered = waiting if self.engine.collective else self._gather(waiting)
+        found: dict[str, Answer] = {}
+
+        def generate(asked_to_stop: Stop) -> None:
             answers = self.engine.generate(gathered, sampling, asked_to_stop) if gathered else []
-            found = {request.key: answer for request, answer in zip(gathered, answers, strict=True)}
-        except Interrupted as error:
-            outcome, found = _Outcome("interrupted", str(error)), {}
-        except EngineDied as error:
-            outcome, found = _Outcome("died", f"rank {self.state.rank}: {error}"), {}
-        except UserError as error:
-            outcome, found = _Outcome("error", f"rank {self.state.rank}: {error}"), {}
-        self._agree(outcome, found, {request.key for request in mine})
+            found.update({request.key: answer for request, answer in zip(gathered, answers, strict=True)})
+
+        outcome = self._attempt(generate, stop)
+        self._keep(found, {request.key for request in mine})
+        self._agree(outcome)
         answered, self.answered = self._share_in_replica(), {}
         return [answered[request.key] for request in requests]
 
     def restart(self) -> None:
         """Start dead engines anew; those that live are left as they are."""
         self.engine.restart()
+
+    def _attempt(self, work: Callable[[Stop], None], stop: Stop) -> _Outcome:
+        """How `work` ended here, once it has ended on all ranks; each hears when any of them is told to stop."""
+
+        def asked_to_stop() -> bool:
+            if stop():
+                self.leave.up()
+            return self.leave.is_up()
+
+        outcome = _Outcome()
+        try:
+            work(asked_to_stop)
+        except Interrupted as error:
+            outcome = _Outcome("interrupted", str(error))
+        except EngineDied as error:
+            outcome = _Outcome("died", f"rank {self.state.rank}: {error}")
+        except UserError as error:
+            outcome = _Outcome("error", f"rank {self.state.rank}: {error}")
+        self._wait_for_others(stop)
+        return outcome
+
+    def _wait_for_others(self, stop: Stop) -> None:
+        """A signal that comes while this rank waits is passed on; in a blocking collective nobody would hear it."""
+        if self.state.world_size == 1:
+            return
+        waiting = dist.all_reduce(torch.zeros(1, device=self.state.device), async_op=True)
+        while not waiting.is_completed():
+            if stop():
+                self.leave.up()
+            time.sleep(_TICK_SECONDS)
+        waiting.wait()  # raises when a rank has gone
 
     def _place(self) -> int:
         """This rank's number among the ranks of its copy of the model."""
@@ -122,13 +156,16 @@ class RolloutPhase:
         dist.gather_object(requests, parts, dst=self.ranks[0], group=self.group)
         return [request for part in parts or [] for request in part]
 
-    def _agree(self, outcome: _Outcome, found: dict[str, Answer], own: set[str]) -> None:
-        """Bring answers back from the leader and hear how all ranks fared; raises when one did not fare well."""
+    def _keep(self, found: dict[str, Answer], own: set[str]) -> None:
+        """Bring answers back from the leader."""
         if self.group is not None:
             message = [found]
             dist.broadcast_object_list(message, self.ranks[0], group=self.group)
             found = message[0]
         self.answered |= {key: answer for key, answer in found.items() if key in own}
+
+    def _agree(self, outcome: _Outcome) -> None:
+        """Hear how all ranks fared; raises when one did not fare well."""
         outcomes: list[Any] = [None] * self.state.world_size
         dist.all_gather_object(outcomes, outcome)
         for kind, error in (("error", UserError), ("interrupted", Interrupted), ("died", EngineDied)):

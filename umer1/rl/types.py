@@ -57,6 +57,9 @@ class RolloutEngine(Protocol):
     """True: all ranks of a copy of the model call `generate` with the same requests and get the same answers.
     False: each rank has an engine of its own and gives it its own requests."""
 
+    def start(self, stop: Stop) -> None:
+        """Wait until it can be used, which every other method does by itself.  Raises EngineDied, Interrupted."""
+
     def generate(self, requests: list[Request], sampling: Sampling, stop: Stop) -> list[list[Completion | None]]:
         """`num_generations` responses per request; None for one that failed or timed out.
 

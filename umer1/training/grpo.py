@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class GRPOTrainer(Trainer):
         self.stop_ids = (special.im_end, special.gen_emb) if config.rollout.stop_at_gen_emb else (special.im_end,)
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
         self.heldout = Heldout(config, directory, state) if config.heldout.eval_data_path else None
+        self.evaluation_is_due = True
         self.reference = self.find_reference(resumed=self.resume())
         self.open_logs()
         self.place_in_data = source.state_dict()  # before the step at hand
@@ -71,13 +73,15 @@ class GRPOTrainer(Trainer):
         self.signals = SignalWatch()
         self.parity_is_due = True
         try:
-            if self.iteration == 0:
+            if self.iteration == 0 or self.evaluation_is_due:  # of the start, or one that a signal broke off
                 self.note_evaluation(self.evaluate())
             while not self.finished:
                 record = self.train_step()
-                if self.finished or self.iteration % self.config.heldout.eval_interval == 0:
-                    record |= self.evaluate()
-                self.log(record)
+                try:
+                    if self.finished or self.iteration % self.config.heldout.eval_interval == 0:
+                        record |= self.evaluate()
+                finally:
+                    self.log(record)
                 number = self.agree_on_signal(self.signals)
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
                     self.save()
@@ -87,9 +91,9 @@ class GRPOTrainer(Trainer):
         except Interrupted:
             self.leave_mid_rollout()
             return
-        except EnginesFailed as error:
+        except EnginesFailed:
             self.roll_back_and_save()
-            raise UserError(f"{error}{self.hint()}") from None
+            raise
         finally:
             self.signals.close()
             self.source.close()
@@ -114,6 +118,7 @@ class GRPOTrainer(Trainer):
         with self.clock("update"):
             record |= self.update(scored)
         self.iteration += 1
+        self.place_in_data = self.source.state_dict()
         log_rollouts(self, rounds[0])
         record["rounds"] = len(rounds)
         record["seconds"] = time.perf_counter() - started
@@ -160,21 +165,27 @@ class GRPOTrainer(Trainer):
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[list[Completion | None]]:
         """Answers under the trainer's weights; dead engines are started anew with them, a bounded number of times."""
+
+        def stop() -> bool:
+            return bool(self.signals and self.signals.received)
+
         while True:
             try:
                 if not self.engine_is_current:
                     with self.clock("sync"):
-                        self.phase.load_weights(self.models)
+                        self.phase.load_weights(self.models, stop)
                     self.engine_is_current = True
-                return self.phase.run(requests, sampling, lambda: bool(self.signals and self.signals.received))
+                return self.phase.run(requests, sampling, stop)
             except EngineDied as error:
+                if self.signals and self.agree_on_signal(self.signals):
+                    raise Interrupted("no engine is started anew by a run that leaves") from None
                 self.restarts += 1
-                self.engine_is_current = False
+                self.engine_is_current, self.parity_is_due = False, True
                 limit = self.config.rollout.rollout_max_restarts
                 if self.restarts > limit:
                     raise EnginesFailed(
-                        f"rollout engines died {self.restarts} times, more than --rollout-max-restarts {limit}; the "
-                        f"last words: {error}"
+                        f"rollout engines died {self.restarts} times, more than --rollout-max-restarts {limit}"
+                        f"{self.hint()}. The last words: {error}"
                     ) from None
                 self.say(f"a rollout engine died and is started anew ({self.restarts} of {limit}): {error}")
                 self.phase.restart()
@@ -182,9 +193,9 @@ class GRPOTrainer(Trainer):
     def check_parity(self, record: dict[str, Any]) -> None:
         """Stop a run whose trainer and engine disagree on the log-probs of the same tokens; the same on all ranks."""
         config = self.config.rollout
-        first, self.parity_is_due = self.parity_is_due, False
-        if not (first or self.iteration % config.parity_interval == 0):
+        if not (self.parity_is_due or self.iteration % config.parity_interval == 0):
             return
+        self.parity_is_due = not record["generated_tokens"]  # all rollouts failed: nothing was compared
         limit, mean = self.parity_threshold, record["mismatch_mean"]
         if not mean <= limit:
             raise UserError(
@@ -280,6 +291,13 @@ class GRPOTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------ state and record
 
+    def own_state(self) -> dict[str, Any]:
+        """An evaluation that a signal broke off is made up for by the next run."""
+        return {"evaluation_is_due": self.evaluation_is_due}
+
+    def take_own_state(self, found: dict[str, Any]) -> None:
+        self.evaluation_is_due = found.get("evaluation_is_due", False)
+
     def find_reference(self, resumed: bool) -> Reference | None:
         """The frozen model of the KL penalty: what the run starts from, or what it started from."""
         if self.config.policy.beta == 0:
@@ -287,7 +305,11 @@ class GRPOTrainer(Trainer):
         save, load = self.config.checkpoint.save, self.config.checkpoint.load
         if resumed:
             came_from = self.checkpointer.loaded_from.parent
-            return read_reference(self.models, [save, str(came_from), load], self.state)
+            reference = read_reference(self.models, [str(came_from), load, save], self.state)
+            if save and came_from.absolute() != Path(save).absolute():
+                with reference.in_place():
+                    reference.save(save, self.directory, self.state)
+            return reference
         reference = Reference(self.models)
         if save:
             reference.save(save, self.directory, self.state)
@@ -295,11 +317,14 @@ class GRPOTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """Held-out retrieval under the current weights; {} without held-out pairs."""
+        self.evaluation_is_due = self.heldout is not None
         if self.heldout is None:
             return {}
         sampling = self.sampling(1, 0.0)
         with self.settled(), self.engine_at_work():
-            return evaluate(self.heldout, self.scorer, self.models, lambda asked: self.generate(asked, sampling))
+            record = evaluate(self.heldout, self.scorer, self.models, lambda asked: self.generate(asked, sampling))
+        self.evaluation_is_due = False
+        return record
 
     def note_evaluation(self, record: dict[str, float]) -> None:
         """The evaluation before the first step has a record of its own."""
@@ -311,7 +336,10 @@ class GRPOTrainer(Trainer):
         number = self.agree_on_signal(self.signals)
         self.roll_back_and_save()
         name = signal.Signals(number).name if number else "a signal"
-        self.say(f"stopped by {name} during the rollouts of iteration {self.iteration + 1}{self.hint()}")
+        where = f"the rollouts of iteration {self.iteration + 1}"
+        if self.evaluation_is_due:
+            where = f"the held-out evaluation after iteration {self.iteration}"
+        self.say(f"stopped by {name} during {where}{self.hint()}")
 
     def roll_back_and_save(self) -> None:
         """Save the state between two steps, with the data where it was before the step that broke off."""

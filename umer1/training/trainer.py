@@ -56,8 +56,16 @@ class Trainer:
         self.iteration = found["iteration"]
         self.skipped, self.skipped_in_a_row, self.nan = found["skips"]
         self.source.load_state_dict(found["batches"])
+        self.take_own_state(found)
         self.say(f"resumed at iteration {self.iteration} from {self.checkpointer.loaded_from}")
         return True
+
+    def own_state(self) -> dict[str, Any]:
+        """What a stage keeps in its checkpoints besides (JSON)."""
+        return {}
+
+    def take_own_state(self, found: dict[str, Any]) -> None:
+        """Go on with what `own_state` gave."""
 
     def open_logs(self) -> None:
         """Rank 0: the resolved configuration and the record, beside the checkpoints."""
@@ -84,6 +92,7 @@ class Trainer:
             "iteration": self.iteration,
             "skips": [self.skipped, self.skipped_in_a_row, self.nan],
             "batches": self.source.state_dict(),
+            **self.own_state(),
         }
         with self.settled():
             self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra)

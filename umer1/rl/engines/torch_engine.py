@@ -95,6 +95,9 @@ class TorchEngine:
         self._loaded = True
         return {f"engine:{name}": checksum(tensor) for name, tensor in whole_here([self.model], self.state)}
 
+    def start(self, stop: Stop) -> None:
+        """Nothing to wait for: it stands since its construction."""
+
     def sleep(self) -> None:
         """Give the weights' memory back; they are gone."""
         self._asleep, self._loaded = True, False

@@ -76,6 +76,7 @@ class VLLMEngine:
         self._channel: Channel | None = None
         self._staging: StagingBuffer | None = None
         self._started = False
+        self._obituary = ""  # of an engine that died where no one could be told
         if server is None:
             check_head_size(directory.config)
             images = image_config or ImageConfig.from_settings(
@@ -177,11 +178,14 @@ class VLLMEngine:
         self._simple("wake", "waking up")
 
     def _simple(self, command: str, phase: str) -> None:
-        if self.server is None and device.has_cuda():
-            self.start()
-            with self._exchange(phase):
-                self._send(command)
-                self._await("done", _ANSWER_SECONDS)
+        """An engine that dies here is reported by its next use, in which all ranks take part; a new one is awake."""
+        if self._started and self.server is None and device.has_cuda():
+            try:
+                with self._exchange(phase):
+                    self._send(command)
+                    self._await("done", _ANSWER_SECONDS)
+            except EngineDied as error:
+                self._obituary = str(error)
 
     def restart(self) -> None:
         """Start a dead engine anew; one that lives is left alone."""
@@ -197,7 +201,7 @@ class VLLMEngine:
         self._folder.cleanup()
 
     def _launch(self) -> None:
-        self._started = False
+        self._started, self._obituary = False, ""
         if self.server is not None:
             return  # `start` connects: a server that is not there must not end the constructor
         self._process = EngineProcess(self.log_path, self.devices)
@@ -225,7 +229,9 @@ class VLLMEngine:
             with self._exchange("connecting"):
                 self._channel = connect(self.server, self.directory.config, self.dtype, self.max_model_len, stop)
         elif self._channel is None:
-            raise EngineDied(f"the vLLM engine of rank {self.rank} is not running; it has to be restarted")
+            raise EngineDied(
+                self._obituary or f"the vLLM engine of rank {self.rank} is not running; it has to be restarted"
+            )
         else:
             with self._exchange("starting"):
                 self._await("started", START_SECONDS, stop)

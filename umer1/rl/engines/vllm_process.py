@@ -1,6 +1,7 @@
 """The engine's process as the trainer sees it: its environment, its start, its log and its end."""
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -20,7 +21,6 @@ _SETTINGS = dict(
     VLLM_CPU_KVCACHE_SPACE="1",  # GiB
     VLLM_CPU_OMP_THREADS_BIND="nobind",  # ranks share the cores; binding would put every engine on the same ones
     VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="WARNING",
     VLLM_PLUGINS="",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
@@ -29,7 +29,12 @@ _SETTINGS = dict(
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` (a pid) ends, however it ends (Linux)."""
+    """Have the kernel kill this process when `parent` (a pid) ends, however it ends (Linux), and not before.
+
+    Schedulers and terminals signal every process of a job: the trainer saves and leaves, and may need its engine to.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was asked
@@ -45,6 +50,8 @@ def engine_environment(cuda_devices: list[int] | None = None) -> dict[str, str]:
     }
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
+    # On the CPU vLLM warns anew with every picture and every update
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if device.has_cuda() else "ERROR")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_SITE), environment.get("PYTHONPATH")]))
     if cuda_devices is not None:
         visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -117,7 +124,8 @@ class EngineProcess:
                 written = log.read().decode("utf-8", "replace").strip().splitlines()
         except OSError:
             return ""
-        return "\n".join(written[-lines:])
+        different = [line for line, _ in itertools.groupby(written)]  # vLLM says some things once for each thread
+        return "\n".join(different[-lines:])
 
     def kill(self) -> None:
         """End it now and wait until it is gone."""
