@@ -7,7 +7,6 @@ connection stands, so that the other side learns at once that the process lives.
 import itertools
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -208,10 +207,6 @@ def main(argv: list[str]) -> None:
     """`--child FD PARENT`, or `--listen FD PARENT SETTINGS.json`: what EngineProcess and `serve-rollouts` start."""
     end_with_parent(int(argv[2]))
     connection = socket.socket(fileno=int(argv[1]))
-    if argv[0] == "--child":
-        # A signal to the whole run is for the trainer, which saves, leaves, and ends this process.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
     try:
         if argv[0] == "--child":
             serve_child(connection)
