@@ -160,6 +160,13 @@ def test_sleep_and_wake_are_harmless_on_the_cpu(world, engine):
     assert max(world.worst(engine.generate(world.requests, world.sampling(), never)).values()) < 1e-4
 
 
+def test_signals_to_the_whole_job_are_the_trainers(world, engine):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(engine.pid, number)
+    answers = engine.generate(world.requests, world.sampling(), never)
+    assert max(world.worst(answers).values()) < 1e-4
+
+
 def test_weights_that_are_not_whole_are_refused(world, engine):
     for tensors, message in (
         ([*world.weights(), ("model.extra", torch.zeros(2))], "none of the model's"),

@@ -67,7 +67,7 @@ class Answers:
             self.mismatch = self.mismatch or (
                 f"prompt {request.key}: vLLM makes {tokens} tokens of it, the trainer {len(request.prompt.sequence)}; "
                 "both must see the same prompt. Tokenizer, preprocessor settings and vLLM's version belong together "
-                "(docs/rollouts.md)."
+                "(docs/grpo.md)."
             )
 
     def _completions(self, message: Message) -> None:
