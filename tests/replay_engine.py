@@ -51,4 +51,5 @@ if __name__ == "__main__":
     engines.make_engine = lambda *_: ReplayEngine(rollouts)
     program = Path(__file__).resolve().parents[1] / "examples" / "grpo.py"
     sys.argv[0] = str(program)
+    sys.argv += ["--rollout-engine", "torch"]  # vLLM's rules for models are none of the replay's
     runpy.run_path(str(program), run_name="__main__")

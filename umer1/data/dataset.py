@@ -118,6 +118,8 @@ def parse_pair(record: Any, index: int = -1) -> Pair:
     """One record of an SFT file; BadSample("bad_record") says what has the wrong form."""
     if not isinstance(record, dict):
         raise BadSample("bad_record", f"a record must be an object, not {kind_of(record)}")
+    if "qry" not in record and "qry_text" in record:
+        raise BadSample("bad_record", "this is a pair of an RL file; SFT takes SFT files (qry, pos)")
     name = record.get("dataset_name", "")
     if not isinstance(name, str):
         raise BadSample("bad_record", f"dataset_name must be a string, not {kind_of(name)}")

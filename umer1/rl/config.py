@@ -84,6 +84,6 @@ class RolloutConfig:
         return found
 
     def servers(self) -> list[tuple[str, int]]:
-        """(host, port) of each server."""
+        """(host, port) of each server; an address that `violations` complains of is left out."""
         parts = [address.strip().rpartition(":") for address in (self.rollout_server or "").split(",") if address]
-        return [(host, int(port)) for host, _, port in parts]
+        return [(host, int(port)) for host, _, port in parts if host and port.isdigit()]

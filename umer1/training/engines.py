@@ -6,8 +6,11 @@ from pathlib import Path
 
 from umer1.distributed.flags import SharedFlag
 from umer1.distributed.parallel import ParallelState
+from umer1.errors import UserError
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.torch_engine import TorchEngine
+from umer1.rl.engines.vllm_assets import check_head_size
 from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.phase import FollowingEngine, RolloutPhase
 from umer1.rl.types import RolloutEngine
@@ -27,6 +30,16 @@ def engine_violations(config: GRPOConfig) -> list[str]:
     asked = config.rollout.rollout_engine == "vllm" and config.rollout.rollout_server is None
     if asked and not has_vllm():
         return [f"rollout_engine=vllm needs vLLM, which is not installed; {INSTALL}, or use --rollout-engine torch"]
+    return []
+
+
+def engine_model_violations(config: GRPOConfig, model_config: Qwen2VLConfig) -> list[str]:
+    """Why an engine of this machine cannot run the model; a server answers for itself."""
+    if uses_vllm(config) and config.rollout.rollout_server is None and has_vllm():
+        try:
+            check_head_size(model_config)
+        except UserError as error:
+            return [str(error)]
     return []
 
 

@@ -24,6 +24,7 @@ class Heldout:
         self.config, self.state = config, state
         self.is_source = state.tp_rank == 0 and state.pp_rank == 0
         self.dataset, failure = None, None
+        self.bad: list[str] = []  # why pairs of this rank cannot be used
         if self.is_source:
             try:
                 self.dataset = open_prompts(
@@ -51,8 +52,9 @@ class Heldout:
         for index in indices if self.is_source else []:
             try:
                 pairs.append(self.dataset[index])
-            except BadSample:
+            except BadSample as error:
                 bad += 1
+                self.bad.append(f"record {index}: {error.cause}: {error.detail}")
         return pairs, bad
 
 
@@ -70,6 +72,7 @@ def evaluate(heldout: Heldout, scorer: Scorer, models: list[torch.nn.Module], an
 
     hit@1: the positive with the largest cosine, among the distinct positives of the query's data set, is the query's
     own (or an equal one).  A response without <gen_emb> is a miss; such a positive is nobody's answer.
+    UserError on all ranks when no pair can be used at all.
     """
     rows: list[dict[str, Any]] = []
     unreadable = 0
@@ -84,6 +87,7 @@ def evaluate(heldout: Heldout, scorer: Scorer, models: list[torch.nn.Module], an
             sides = (place, len(pairs) + place)
             rows.append(
                 {
+                    "index": pair.index,
                     "dataset": pair.dataset,
                     "target": pair.positive.sequence.target_id,
                     "embeddings": [embeddings[number].numpy() for number in sides],
@@ -93,7 +97,11 @@ def evaluate(heldout: Heldout, scorer: Scorer, models: list[torch.nn.Module], an
             )
     parts: list[Any] = [None] * heldout.state.dp_size
     dist.all_gather_object(parts, (rows, unreadable), group=heldout.state.groups.dp)
-    return summary([row for part, _ in parts for row in part], sum(bad for _, bad in parts))
+    everything = sorted((row for part, _ in parts for row in part), key=lambda row: row["index"])
+    path = heldout.config.heldout.eval_data_path
+    why = heldout.bad[0] if heldout.bad else "the file is empty"
+    raise_together(None if everything else f"eval_data_path={path}: no pair of it can be used; {why}")
+    return summary(everything, sum(bad for _, bad in parts))
 
 
 def _has(completion: Completion | None, token: int) -> bool:

@@ -1,6 +1,7 @@
 """GRPO's settings, and the rules between them and the other sections."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from umer1.data.loader import DataConfig
@@ -71,6 +72,10 @@ class HeldoutConfig:
             found.append(f"eval_interval={self.eval_interval} must be 1 or above")
         if self.eval_data_root is not None and self.eval_data_path is None:
             found.append("eval_data_root is given without eval_data_path; give both")
+        if self.eval_data_path is not None and not Path(self.eval_data_path).exists():
+            found.append(f"eval_data_path={self.eval_data_path} does not exist; give a file of pairs in the RL format")
+        if self.eval_data_root is not None and not Path(self.eval_data_root).is_dir():
+            found.append(f"eval_data_root={self.eval_data_root} is not a directory")
         return found
 
 
