@@ -27,6 +27,7 @@ class Run:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += program or (str(TESTS.parent / "examples" / "grpo.py"),)
         given = {
+            "--fp32": "",
             "--hf-model": str(model),
             "--load": "none",
             "--data-path": str(data),
@@ -46,7 +47,8 @@ class Run:
             "--log-rollouts": "1",
         }
         given |= dict(zip(flags[::2], flags[1::2], strict=True))
-        command += ["--fp32", *(word for name, value in given.items() if value is not None for word in (name, value))]
+        # a value of None leaves the flag out, "" is a flag without a value
+        command += [word for name, value in given.items() if value is not None for word in (name, value) if word]
         self.mark = uuid.uuid4().hex
         environment = {
             MARK: self.mark,
