@@ -5,6 +5,7 @@ bad pair's replacement depends on (seed, step, slot) alone.
 """
 
 import itertools
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ class Loader:
                 num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch_factor,
                 collate_fn=shipping.as_it_is,
+                worker_init_fn=_leave_signals_to_the_trainer,
                 generator=torch.Generator(),  # of its own: the global state must not depend on the number of workers
             )
         )
@@ -264,6 +266,12 @@ class Loader:
     def close(self) -> None:
         """End the workers."""
         self._steps = None
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Schedulers and terminals signal every process of a job; the trainer saves, leaves and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Counting:
