@@ -1,5 +1,7 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476): train on pairs whose rewards differ, from as many rounds as it takes."""
 
+from dataclasses import replace
+
 import torch
 
 from umer1.training.policy_batches import Round
@@ -15,11 +17,12 @@ def merge_rounds(rounds: list[ScoredRound], scorer: Scorer) -> ScoredRound:
     """
     wanted = scorer.config.data.global_batch_size
     useful = [(number, slot) for number, one in enumerate(rounds) for slot in one.spread.any(0).nonzero().flatten()]
-    kept = {(number, int(slot)) for number, slot in useful[:wanted]}
+    # New slots, so that mini-batches share the pairs evenly whatever slots and rounds these are from.
+    kept = {(number, int(slot)): place for place, (number, slot) in enumerate(useful[:wanted])}
     if not kept:
         return rounds[0]
     chosen = [
-        (one, [place for place, pair in enumerate(one.round_.pairs) if (number, pair.slot) in kept])
+        (one, {place: kept[key] for place, pair in enumerate(one.round_.pairs) if (key := (number, pair.slot)) in kept})
         for number, one in enumerate(rounds)
     ]
     pairs, completions, flats = [], [], {"old": [], "engine": [], "advantages": []}
@@ -35,7 +38,7 @@ def merge_rounds(rounds: list[ScoredRound], scorer: Scorer) -> ScoredRound:
                 flats["engine"].append(one.step.engine_logprobs[tokens])
                 flats["advantages"].append(one.step.advantages[tokens])
             if side == 0:
-                pairs += [round_.pairs[place] for place in places]
+                pairs += [replace(round_.pairs[place], slot=slot) for place, slot in places.items()]
     first = rounds[0]
     if not pairs:
         # None of the chosen pairs is this rank's: a pair whose rollouts all count nothing keeps it in step.

@@ -62,6 +62,7 @@ class GRPOTrainer(Trainer):
         self.engine_is_current = self.parity_is_due = False
         self.restarts = 0
         self.seconds: dict[str, float] = {}
+        self.not_logged: list[dict[str, Any]] = []  # records of steps since the last log line
         self.signals: SignalWatch | None = None
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -115,14 +116,15 @@ class GRPOTrainer(Trainer):
                 self.add_reference_logprobs(scored)
             record = self.scorer.summary(rounds[0])
         self.check_parity(record)
+        self.iteration += 1  # before an update that may save and stop the run: data and count go together
         with self.clock("update"):
             record |= self.update(scored)
-        self.iteration += 1
         self.place_in_data = self.source.state_dict()
         log_rollouts(self, rounds[0])
         record["rounds"] = len(rounds)
+        record["generated_tokens"] = sum(int(each.rollouts.lengths.sum()) for each in rounds)
         record["seconds"] = time.perf_counter() - started
-        return record
+        return record | {f"seconds_{name}": value for name, value in self.seconds.items()}
 
     # ------------------------------------------------------------------------------------------------ rollouts
 
@@ -256,6 +258,7 @@ class GRPOTrainer(Trainer):
         """fp64 [K]: what each flat token counts in the mini-batch's loss, the mean of both sides' means."""
         chosen = torch.zeros(len(round_.completions), dtype=torch.bool)
         chosen[[number for batch in batches for number in batch.rollouts]] = True
+        chosen &= round_.lengths > 0  # a mean over responses that have tokens
         sides = torch.tensor([round_.side_of(number) for number in range(len(chosen))], dtype=torch.int64)
         counts = torch.tensor([int((chosen & (sides == side)).sum()) for side in range(2)], device=self.state.device)
         dist.all_reduce(counts, group=self.state.groups.dp)
@@ -347,15 +350,21 @@ class GRPOTrainer(Trainer):
         self.save()
 
     def log(self, record: dict[str, Any]) -> None:
+        """Means over the interval's steps (of an evaluation: those that have one), and rates."""
         if not self.logger:
             return
-        seconds = record.pop("seconds")
-        generated, trained = record.pop("generated_tokens"), record.pop("trained_tokens")
-        record |= self.progress(seconds, 1)
-        record |= {f"seconds_{name}": value for name, value in self.seconds.items()}
-        record["generated_tokens_per_second"] = generated / max(self.seconds["rollout"], 1e-9)
-        record["trained_tokens_per_second"] = trained / max(self.seconds["update"], 1e-9)
-        self.logger.log(record)
+        self.not_logged.append(record)
+        if self.iteration % self.config.logging.log_interval and not self.finished:
+            return
+        steps, self.not_logged = self.not_logged, []
+        having = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
+        mean = {name: sum(values) / len(values) for name, values in having.items()}
+        generated, trained = mean.pop("generated_tokens"), mean.pop("trained_tokens")
+        mean["learning_rate"] = record["learning_rate"]
+        mean["generated_tokens_per_second"] = generated / max(mean["seconds_rollout"], 1e-9)
+        mean["trained_tokens_per_second"] = trained / max(mean["seconds_update"], 1e-9)
+        seconds = mean.pop("seconds")
+        self.logger.log(mean | self.progress(len(steps) * seconds, len(steps)))
 
     # ------------------------------------------------------------------------------------------------ for people
 
