@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from grpo_reference import SIDES, Policy, Settings, train
-from grpo_world import Setting, records, rollouts, run_program, succeed
+from grpo_reference import SIDES, Policy, Settings, train, write_fixed_rollouts
+from grpo_world import ROOT, Setting, records, rollouts, run_program, succeed
 from safetensors.torch import load_file
 
 from umer1.testing import assert_close
@@ -282,3 +282,55 @@ def test_dynamic_sampling_is_the_same_at_any_number_of_ranks(setting, dynamic, r
     for name in want:
         moved = float((want[name] - start[name]).norm())
         assert float((got[name] - want[name]).norm()) <= 0.02 * moved + 1e-6, name
+
+
+def replayed(setting, path, tmp_path, ranks: int, *more: str):
+    """A run in which the responses of the file answer, and what it printed."""
+    arguments = setting.flags("--parity-threshold", "100", "--max-completion-length", "64", *more)
+    return succeed(ranks, [str(path), *arguments], program=ROOT / "tests" / "replay_engine.py").stdout
+
+
+def spoilt(setting, path, spoil):
+    """Fixed rollouts, each line after `spoil`."""
+    write_fixed_rollouts(setting.model, setting.data, path, num_generations=3, faults=False)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        spoil(line)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_nothing_but_failed_rollouts(setting, tmp_path):
+    """Nothing is learnt and nothing breaks; in bf16, without --save, a log line every second step."""
+
+    def fail(line):
+        line["completions"] = [{"status": "failed"}] * 3
+
+    path = spoilt(setting, tmp_path / "fixed.jsonl", fail)
+    out = replayed(setting, path, tmp_path, 2, *"--no-fp32 --bf16 --log-interval 2 --train-iters 3".split())
+    lines = [line for line in out.splitlines() if "elapsed time" in line]
+    assert [line.split("iteration")[1].split("/")[0].strip() for line in lines] == ["2", "3"]
+    assert all("failed: 100.0%" in line and "loss: 0.0000" in line for line in lines)
+    assert "nothing (no --save)" in out and "torch.bfloat16" in out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_side_that_failed_and_responses_without_tokens(setting, ranks, tmp_path):
+    """What has no tokens is in no mean: the loss at ratio 1 is minus the mean advantage of what has some."""
+
+    def spoil(line):
+        if line["side"] == "positive":
+            line["completions"] = [{"status": "failed"}] * 3
+        elif line["slot"] == 1:
+            line["completions"][0] |= {"token_ids": [], "logprobs": []}
+        if line["side"] == "query":
+            line["completions"][2]["token_ids"] = line["completions"][2]["token_ids"][5:]  # of another reward
+            line["completions"][2]["logprobs"] = line["completions"][2]["logprobs"][5:]
+
+    path, save = spoilt(setting, tmp_path / "fixed.jsonl", spoil), tmp_path / "run"
+    replayed(setting, path, tmp_path, ranks, "--train-iters", "1", "--save", str(save), "--micro-batch-size", "4")
+    (record,) = records(save)
+    every = [each for each in completions(save, 1) if each["token_ids"]]
+    assert len(every) == 4 * 3 - 1 and record["failed_share"] == 0.5
+    want = -sum(each["advantage"] for each in every) / len(every)
+    assert abs(want) > 0.01 and record["loss"] == pytest.approx(want, abs=1e-4)
