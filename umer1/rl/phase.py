@@ -7,7 +7,7 @@ dealt out over its ranks, gathered at the leader and the answers brought back.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,9 +149,10 @@ class RolloutPhase:
         return self.state.tp_size * self.state.pp_size
 
     def _gather(self, requests: list[Request]) -> list[Request]:
-        """At the leader the group's requests, elsewhere none."""
+        """At the leader the group's requests, elsewhere none.  Patches stay: these engines take the pictures."""
         if self.group is None:
             return requests
+        requests = [_without_patches(request) for request in requests]
         parts: list[Any] | None = [None] * len(self.ranks) if self.state.rank == self.ranks[0] else None
         dist.gather_object(requests, parts, dst=self.ranks[0], group=self.group)
         return [request for part in parts or [] for request in part]
@@ -182,3 +183,9 @@ class RolloutPhase:
         parts: list[Any] = [None] * self._replica()
         dist.all_gather_object(parts, self.answered, group=self.state.groups.mp)
         return {key: answer for part in parts for key, answer in part.items()}
+
+
+def _without_patches(request: Request) -> Request:
+    sequence = request.prompt.sequence
+    patches = sequence.pixel_values.new_empty(0, *sequence.pixel_values.shape[1:])
+    return replace(request, prompt=replace(request.prompt, sequence=replace(sequence, pixel_values=patches)))

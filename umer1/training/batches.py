@@ -180,7 +180,7 @@ class BatchSource(DataSource):
         if self.state.tp_size * self.state.pp_size > 1:
             pixels = [batch.pixel_values for batch in batches]
             for batch in batches:
-                batch.pixel_values = batch.pixel_values[:0]
+                batch.pixel_values = emptied(batch.pixel_values)
             batches, several, failure = send_to_peers((batches, several, failure), self.state)
             for batch, values in zip(batches, send_pixels(pixels, self.state), strict=True):
                 batch.pixel_values = values
@@ -195,6 +195,11 @@ def send_to_peers(value: Any, state: ParallelState) -> Any:
     message = [value]
     dist.broadcast_object_list(message, dist.get_process_group_ranks(group)[0], group=group)
     return message[0]
+
+
+def emptied(pixels: torch.Tensor) -> torch.Tensor:
+    """[0, patch_dim] that travels light: a slice of no rows would be pickled with all that it is a slice of."""
+    return pixels.new_empty(0, *pixels.shape[1:])
 
 
 def send_pixels(pixels: list[torch.Tensor], state: ParallelState) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ A round of a data-parallel rank is P pairs with G responses on either side.  Rol
 generation; the tokens of all responses, in that order, are the flat tokens [K] that log-probs are kept in.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -177,8 +177,3 @@ def pack_rollouts(round_: Round, rollouts: list[int], special: SpecialIds, pad_t
         rollouts=list(rollouts),
         gen_rows=torch.tensor(gen_rows[: len(rollouts)], dtype=torch.int64),
     )
-
-
-def without_pixels(prompt: Prompt) -> Prompt:
-    """For an engine that makes patches from the pictures itself: what travels to it is small."""
-    return replace(prompt, sequence=replace(prompt.sequence, pixel_values=prompt.sequence.pixel_values[:0]))

@@ -9,6 +9,7 @@ from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.training.batches import (
     DataSource,
     bad_samples_path,
+    emptied,
     make_processor,
     make_sampler,
     send_pixels,
@@ -61,7 +62,7 @@ def share_pairs(
     pixels = [side.sequence.pixel_values for pair in pairs for side in (pair.query, pair.positive)]
     for pair in pairs:
         for side in (pair.query, pair.positive):
-            side.sequence.pixel_values = side.sequence.pixel_values[:0]
+            side.sequence.pixel_values = emptied(side.sequence.pixel_values)
     pairs, failure = send_to_peers((pairs, failure), state)
     arrived = iter(send_pixels(pixels, state))
     for pair in pairs:
