@@ -79,7 +79,7 @@ def test_killed_at_random_moments(setting, undisturbed, tmp_path):
 
 def test_one_rank_killed(setting, undisturbed, tmp_path):
     """In mid-rollout, while the other one waits for it: the launcher ends, and the same command goes on."""
-    run = Run(setting, tmp_path, *STEPS, processes=2, **slow(tmp_path, "0,0.1"))
+    run = Run(setting, tmp_path, *STEPS, "--num-workers", "1", processes=2, **slow(tmp_path, "0,0.1"))
     assert run.wait_until(lambda: list(tmp_path.glob("generate-1-4"))), run.output[-4000:]
     os.kill(run.ranks()[1], signal.SIGKILL)
     run.finish(status=1, seconds=60)
@@ -106,11 +106,13 @@ def test_signals_anywhere(setting, undisturbed, tmp_path):
     flags = (*STEPS, "--eval-data-path", str(setting[1]), "--eval-interval", "4", "--save-interval", "1000")
 
     def stop(number: signal.Signals, call: int) -> str:
-        """Send the signal in the n-th call of the engine."""
-        run = Run(setting, tmp_path, *flags, **slow(tmp_path, "0.05"))
+        """Send the signal, to workers of the data loader as well, in the n-th call of the engine."""
+        run = Run(setting, tmp_path, *flags, "--num-workers", "2", **slow(tmp_path, "0.05"))
         assert run.wait_until(lambda: (tmp_path / f"generate-0-{call}").exists()), run.output[-4000:]
-        run.process.send_signal(number)
-        return run.finish(seconds=60)
+        os.killpg(run.process.pid, number)
+        output = run.finish(seconds=60)
+        run.assert_no_orphans()
+        return output
 
     # an evaluation makes three calls, a step one
     assert "stopped by SIGUSR1 during the rollouts of iteration 2" in stop(signal.SIGUSR1, 5)
