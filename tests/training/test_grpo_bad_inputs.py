@@ -151,18 +151,19 @@ def test_vllm_that_is_not_installed(good, elsewhere):
     assert "rollout_engine=vllm" in only and "pip install" in only and "--rollout-engine torch" in only
     both = refused(["--rollout-engine", "vllm", "--load", "none"]).violations
     assert len(both) == 2 and "--hf-model" in both[0] and "pip install" in both[1]
-    config, _ = read(flags(good, "--rollout-engine", "auto"))
-    assert not engines.uses_vllm(config)
+    config, directory = read(flags(good, "--rollout-engine", "auto"))
+    assert not engines.uses_vllm(config, directory.config)
 
 
 def test_heads_that_vllm_cannot_run(good, elsewhere, monkeypatch):
-    """16 wide: said before a process is started."""
+    """16 wide: said before a process is started; auto takes the other engine."""
     good = make_tiny_directory(elsewhere / "model"), good[1]
     monkeypatch.setattr(engines, "has_vllm", lambda: True)
-    for engine in ("vllm", "auto"):
-        (only,) = refused(flags(good, "--rollout-engine", engine)).violations
-        assert "heads of size 16" in only and "--rollout-engine torch" in only
-    read(flags(good, "--rollout-engine", "torch"))
+    (only,) = refused(flags(good, "--rollout-engine", "vllm")).violations
+    assert "heads of size 16" in only and "--rollout-engine torch" in only
+    for engine in ("auto", "torch"):
+        config, directory = read(flags(good, "--rollout-engine", engine))
+        assert not engines.uses_vllm(config, directory.config)
 
 
 def assert_one_message(done: subprocess.CompletedProcess, *words: str) -> None:

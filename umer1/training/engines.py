@@ -25,28 +25,32 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def engine_violations(config: GRPOConfig) -> list[str]:
-    """Why the engine that was asked for cannot be had."""
-    asked = config.rollout.rollout_engine == "vllm" and config.rollout.rollout_server is None
-    if asked and not has_vllm():
-        return [f"rollout_engine=vllm needs vLLM, which is not installed; {INSTALL}, or use --rollout-engine torch"]
-    return []
-
-
-def engine_model_violations(config: GRPOConfig, model_config: Qwen2VLConfig) -> list[str]:
-    """Why an engine of this machine cannot run the model; a server answers for itself."""
-    if uses_vllm(config) and config.rollout.rollout_server is None and has_vllm():
-        try:
+def vllm_problem(model_config: Qwen2VLConfig | None) -> str | None:
+    """Why a vLLM engine of this machine cannot run the model, or None; a server answers for itself."""
+    if not has_vllm():
+        return f"vLLM is not installed: {INSTALL}"
+    try:
+        if model_config is not None:
             check_head_size(model_config)
-        except UserError as error:
-            return [str(error)]
-    return []
+    except UserError as error:
+        return str(error)
+    return None
 
 
-def uses_vllm(config: GRPOConfig) -> bool:
-    """The engine that `auto` stands for."""
+def engine_violations(config: GRPOConfig, model_config: Qwen2VLConfig | None) -> list[str]:
+    """Why the engine that was asked for cannot be had; the model is None where it could not be opened."""
+    if config.rollout.rollout_engine != "vllm" or config.rollout.rollout_server is not None:
+        return []
+    problem = vllm_problem(model_config)
+    return [f"rollout_engine=vllm: {problem}; or use --rollout-engine torch"] if problem else []
+
+
+def uses_vllm(config: GRPOConfig, model_config: Qwen2VLConfig) -> bool:
+    """vllm as it was asked for; auto takes it where it can run the model."""
     asked = config.rollout.rollout_engine
-    return asked == "vllm" or config.rollout.rollout_server is not None or (asked == "auto" and has_vllm())
+    if asked == "auto" and config.rollout.rollout_server is None:
+        return vllm_problem(model_config) is None
+    return asked != "torch"
 
 
 def make_phase(config: GRPOConfig, directory: HFDirectory, state: ParallelState) -> RolloutPhase:
@@ -54,7 +58,7 @@ def make_phase(config: GRPOConfig, directory: HFDirectory, state: ParallelState)
     ranks = 1
     if servers := config.rollout.servers():
         ranks = state.world_size // len(servers)
-    elif uses_vllm(config):
+    elif uses_vllm(config, directory.config):
         ranks = config.rollout.rollout_tensor_parallel_size
     engine, failure = None, None
     try:
@@ -69,7 +73,7 @@ def make_phase(config: GRPOConfig, directory: HFDirectory, state: ParallelState)
 def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState, ranks: int) -> RolloutEngine:
     """torch: this rank's part of it; vllm: the engine of the group of `ranks` ranks, or a follower of it."""
     dtype, length = config.model.params_dtype, config.data.seq_length
-    if not uses_vllm(config):
+    if not uses_vllm(config, directory.config):
         return TorchEngine(config.rollout, directory, config.parallel, state, params_dtype=dtype, seq_length=length)
     number, place = divmod(state.rank, ranks)
     if place:
@@ -90,10 +94,10 @@ def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState
     )
 
 
-def describe_engine(config: GRPOConfig, state: ParallelState) -> str:
+def describe_engine(config: GRPOConfig, model_config: Qwen2VLConfig, state: ParallelState) -> str:
     """For the banner: which engine, and what else there could be."""
-    if not uses_vllm(config):
-        why = "asked for" if config.rollout.rollout_engine == "torch" else f"vLLM is not installed: {INSTALL}"
+    if not uses_vllm(config, model_config):
+        why = "asked for" if config.rollout.rollout_engine == "torch" else vllm_problem(model_config)
         return f"torch, plain sampling in the trainer's processes: slow ({why})"
     if servers := config.rollout.servers():
         return "vllm, servers " + ", ".join(f"{host}:{port}" for host, port in servers)

@@ -380,7 +380,7 @@ class GRPOTrainer(Trainer):
         config, group = self.config, self.group
         pairs = config.data.global_batch_size
         rows = {
-            "engine": describe_engine(config, self.state),
+            "engine": describe_engine(config, self.directory.config, self.state),
             "rollouts a step": f"{pairs} pairs x 2 sides x {group} responses of at most "
             f"{config.rollout.max_completion_length} tokens, compared in sets of {config.reward.pairs_compared(pairs)}"
             " pairs",

@@ -13,7 +13,7 @@ from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import destination_problem
 from umer1.training.checkpoint import ASSETS
 from umer1.training.config import SFTConfig
-from umer1.training.engines import engine_model_violations, engine_violations
+from umer1.training.engines import engine_violations
 from umer1.training.policy_config import GRPOConfig
 
 C = TypeVar("C", SFTConfig, GRPOConfig)
@@ -38,10 +38,11 @@ def read_command_line(
         try:
             opened.append(open_directory(config))
         except UserError as error:
-            return [*problems, str(error)] if str(error) not in problems else problems
+            problems += [str(error)] if str(error) not in problems else []
+        model = opened[0].config if opened else None
         if isinstance(config, GRPOConfig):
-            problems += engine_model_violations(config, opened[0].config)
-        return problems + config.layout_violations(opened[0].config, launched_world_size())
+            problems += engine_violations(config, model)
+        return problems + (config.layout_violations(model, launched_world_size()) if model else [])
 
     config = load_config(config_class, argv, default_config, check_files)
     return config, opened[0]
@@ -89,19 +90,19 @@ def prepare_default_prompts(config: GRPOConfig, state: ParallelState) -> None:
 
 
 def default_policy_violations(config: GRPOConfig) -> list[str]:
-    """What GRPO needs that an earlier command makes, or an installation.
+    """What GRPO needs that an earlier command makes.
 
     Raises UserError, one line, when the default command comes before the SFT run that it goes on from.
     """
-    load, found = config.checkpoint.load, []
+    load = config.checkpoint.load
     if load == SFT_RUN and config.model.hf_model is None and not _has_checkpoint(Path(load)):
         raise UserError(
             f"there is no SFT run to go on from in {SFT_RUN}; make it by: torchrun --nproc-per-node 2 "
             "examples/pretrain_sft.py (or give --load or --hf-model)"
         )
     if load is None and config.model.hf_model is None:
-        found = ["GRPO goes on from an SFT model; give --load (an SFT run) or --hf-model (a Hugging Face directory)"]
-    return found + engine_violations(config)
+        return ["GRPO goes on from an SFT model; give --load (an SFT run) or --hf-model (a Hugging Face directory)"]
+    return []
 
 
 def _has_checkpoint(save: Path) -> bool:

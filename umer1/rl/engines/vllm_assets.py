@@ -25,7 +25,7 @@ def check_head_size(config: Qwen2VLConfig) -> None:
     if not device.has_cuda() and config.head_dim not in _CPU_HEAD_SIZES:
         raise UserError(
             f"vLLM on the CPU cannot run heads of size {config.head_dim} (hidden size / heads); legal are "
-            f"{', '.join(map(str, _CPU_HEAD_SIZES))}. Use --rollout-engine torch."
+            f"{', '.join(map(str, _CPU_HEAD_SIZES))}"
         )
 
 
