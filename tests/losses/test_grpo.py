@@ -12,6 +12,7 @@ from umer1.losses.grpo import (
     group_advantages,
     groups_with_spread,
     grpo_loss,
+    k3,
     mismatch_summary,
     mismatch_sums,
     token_losses,
@@ -275,3 +276,9 @@ def test_mismatch_of_literals():
     assert mismatch_sums(ratios.log(), torch.zeros(100))[0][3] == 0
     empty = mismatch_summary(*mismatch_sums(torch.zeros(0), torch.zeros(0), 2.0), 2.0)
     assert empty == {"mean_abs": 0.0, "k3": 0.0, "ratio_p99": 1.0, "ratio_p99_truncated": 1.0, "truncated_share": 0.0}
+
+
+def test_k3_keeps_its_digits_where_the_models_are_close():
+    difference = torch.tensor([1e-3, -1e-4, 3e-5, 0.0])
+    want = torch.expm1(difference.double()) - difference.double()
+    torch.testing.assert_close(k3(difference).double(), want, rtol=1e-2, atol=0)

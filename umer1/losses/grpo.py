@@ -73,15 +73,19 @@ def zero_spread_share(
     return 1.0 - groups_with_spread(rewards, num_generations, valid=valid).float().mean()
 
 
-def _exp(difference: torch.Tensor) -> torch.Tensor:
-    """exp, held within what the dtype can hold, for 0 * inf in backward would be no number."""
+def _held(difference: torch.Tensor) -> torch.Tensor:
+    """Within what the dtype can hold the exp of, for 0 * inf in backward would be no number."""
     limit = 0.9 * math.log(torch.finfo(difference.dtype).max)
-    return difference.clamp(-limit, limit).exp()
+    return difference.clamp(-limit, limit)
+
+
+def _exp(difference: torch.Tensor) -> torch.Tensor:
+    return _held(difference).exp()
 
 
 def k3(difference: torch.Tensor) -> torch.Tensor:
     """exp(d) - d - 1: with d = log q - log p at samples of p, an estimate of KL(p || q) that is never negative."""
-    return _exp(difference) - difference - 1.0
+    return torch.expm1(_held(difference)) - difference  # exp(d) - 1 would lose all digits of a small d in fp32
 
 
 def importance_weights(old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
