@@ -24,9 +24,7 @@ class PromptDataset(RecordFile):
         if not isinstance(record, dict):
             raise BadSample("bad_record", f"a record must be an object, not {kind_of(record)}")
         if "qry_text" not in record and isinstance(record.get("qry"), dict):
-            raise BadSample(
-                "bad_record", "this is a pair of an SFT file; GRPO takes RL files (qry_text, ...)"
-            )
+            raise BadSample("bad_record", "this is a pair of an SFT file; GRPO takes RL files (qry_text, ...)")
         for key in self.name_keys:
             if not isinstance(record.get(key, ""), str | None):
                 raise BadSample("bad_record", f"{key} must be a string, not {kind_of(record[key])}")

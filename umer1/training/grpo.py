@@ -87,6 +87,7 @@ class GRPOTrainer(Trainer):
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
                     self.save()
                 if number and not self.finished:
+                    self.plot()
                     self.say(f"stopped by {signal.Signals(number).name} after iteration {self.iteration}{self.hint()}")
                     return
         except Interrupted:
@@ -233,6 +234,8 @@ class GRPOTrainer(Trainer):
             for batches in scored.parts:
                 scored.step.weights = self.weights_of_tokens(scored.round_, batches)
                 numbers = self.forward_backward(batches, scored.step)
+                if numbers[1] == 0.0:  # no token of any rank: momentum alone must not move the weights
+                    continue
                 finite = math.isfinite(numbers[0])
                 moved, norm = step_if_finite(self.optimizer, self.config.optimizer.clip_grad, finite)
                 moved_all, finite_all = moved_all and moved, finite_all and finite
@@ -241,6 +244,7 @@ class GRPOTrainer(Trainer):
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if moved_all:
             self.scheduler.step(increment=1)
+        norms = norms or [0.0]
         self.note_skip(moved_all, finite_all, norms[-1])
         loss, tokens, kl, ratio, low, high = totals.tolist()
         tokens = max(tokens, 1.0)
@@ -338,6 +342,7 @@ class GRPOTrainer(Trainer):
         """A signal came during a rollout: the step is given up, and will be made anew."""
         number = self.agree_on_signal(self.signals)
         self.roll_back_and_save()
+        self.plot()
         name = signal.Signals(number).name if number else "a signal"
         where = f"the rollouts of iteration {self.iteration + 1}"
         if self.evaluation_is_due:

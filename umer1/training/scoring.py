@@ -195,7 +195,7 @@ class Scorer:
         group = scored.round_.num_generations
         std = _group_std(rewards.total, valid, group)
         record = {"reward": mean(rewards.total)}
-        record |= {f"reward_{name.partition(':')[2] or name}": mean(part) for name, part in rewards.components.items()}
+        record |= {f"reward_{name.replace(':', '.')}": mean(part) for name, part in rewards.components.items()}
         record |= {
             "ranking": mean(rewards.ranking),
             "margin": mean(rewards.margin),

@@ -58,6 +58,7 @@ class SFTTrainer(Trainer):
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
                     self.save()
                 if number and not self.finished:
+                    self.plot()
                     self.say(f"stopped by {signal.Signals(number).name} after iteration {self.iteration}{self.hint()}")
                     return
         finally:

@@ -173,6 +173,12 @@ class Trainer:
         config = self.config
         return str(config.model.hf_model or config.checkpoint.load or config.model.source)
 
+    def plot(self) -> None:
+        """The record so far as SAVE/training.png."""
+        save = self.config.checkpoint.save
+        if self.state.rank == 0 and save:
+            plot_training(f"{save}/metrics.jsonl", f"{save}/training.png")
+
     def finish(self) -> None:
         """Export, plot, and say what comes next."""
         where, save = self.config.model.export_hf, self.config.checkpoint.save
@@ -181,7 +187,6 @@ class Trainer:
                 save_hf([unwrap(model) for model in self.models], self.directory, where, self.state)
         if self.state.rank == 0:
             self.say(self.source.report())
-            if save:
-                plot_training(f"{save}/metrics.jsonl", f"{save}/training.png")
+        self.plot()
         if source := where or save:
             self.say(f"training is complete. Next: umer1 eval --benchmark mini --model {source} --output {source}-eval")
