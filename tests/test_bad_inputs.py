@@ -18,6 +18,7 @@ from sft_reference import SUFFIX, write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.errors import UserError
+from umer1.training.config import SFTConfig
 from umer1.training.launch import read_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +74,7 @@ def test_configuration(good, name, monkeypatch):
     more, processes, words = CONFIGURATIONS[name]
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(UserError) as caught:
-        read_command_line(flags(good, *more.split()), DEFAULT)
+        read_command_line(SFTConfig, flags(good, *more.split()), DEFAULT)
     for word in words:
         assert word in str(caught.value), f"{word!r} not in: {caught.value}"
 
@@ -133,7 +134,7 @@ def test_model_directory(good, name, tmp_path):
     shutil.copytree(good[0], model)
     spoil(model)
     with pytest.raises(UserError) as caught:
-        read_command_line(flags(good, model=model), DEFAULT)
+        read_command_line(SFTConfig, flags(good, model=model), DEFAULT)
     for word in words:
         assert word in str(caught.value), f"{word!r} not in: {caught.value}"
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from grpo_reference import SIDES, Policy, Settings, train, write_fixed_rollouts
+from grpo_reference import FORMAT, SIDES, Policy, Settings, embedding_reward, train, write_fixed_rollouts
 from grpo_world import ROOT, Setting, records, rollouts, run_program, succeed
 from safetensors.torch import load_file
 
@@ -163,6 +163,13 @@ def test_heldout_retrieval_against_plain_transformers(setting, runs):
         assert record["eval_response_length"] == pytest.approx(sum(len(ids) for ids, _ in every) / len(every))
         missing = sum(embedding is None for _, embedding in every) / len(every)
         assert record["eval_missing_gen_emb_share"] == pytest.approx(missing)
+        vectors = [[embedding for _, embedding in side] for side in answers]
+        total = 0.0
+        for side, given in enumerate(answers):
+            for row, (ids, embedding) in enumerate(given):
+                form = FORMAT.match(policy.tokenizer.decode(ids)) is not None and embedding is not None
+                total += form + embedding_reward(vectors[side], vectors[1 - side], row, 1)[0]
+        assert record["eval_reward"] == pytest.approx(total / len(every), abs=1e-5)
 
 
 def test_stop_at_gen_emb_temperature_workers_and_bad_samples(setting, tmp_path):

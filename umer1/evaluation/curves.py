@@ -22,7 +22,7 @@ PANELS = {  # title -> keys of the records
     ),
     "reward": ("reward", REWARD_PARTS),
     "ranking and margin of the rollouts": ("ranking", "margin"),
-    "held out": ("eval_gen_hit1", "eval_gen_margin", "eval_missing_gen_emb_share"),
+    "held out": ("eval_gen_hit1", "eval_reward", "eval_gen_margin", "eval_missing_gen_emb_share"),
     "spread within groups": ("reward_std", "zero_spread_share"),
     "KL to the reference": ("kl",),
     "entropy (nats)": ("entropy",),

@@ -1,7 +1,9 @@
 """Held-out retrieval in gen mode while GRPO runs: greedy responses of both sides, hit@1 within each data set."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -9,6 +11,7 @@ from umer1.data.bad_samples import BadSample
 from umer1.data.schema import PromptPair
 from umer1.distributed.parallel import ParallelState
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.rl.scoring import StepRollouts, score_step
 from umer1.rl.types import Completion, Request
 from umer1.training.batches import raise_together
 from umer1.training.policy_batches import Round
@@ -92,7 +95,8 @@ def evaluate(heldout: Heldout, scorer: Scorer, models: list[torch.nn.Module], an
                     "target": pair.positive.sequence.target_id,
                     "embeddings": [embeddings[number].numpy() for number in sides],
                     "usable": [_has(completions[number], scorer.special.gen_emb) for number in sides],
-                    "lengths": [len(completions[number].token_ids) for number in sides if completions[number]],
+                    "completions": [completions[number] for number in sides],
+                    "texts": [scorer.text(completions[number]) for number in sides],
                 }
             )
     parts: list[Any] = [None] * heldout.state.dp_size
@@ -101,7 +105,37 @@ def evaluate(heldout: Heldout, scorer: Scorer, models: list[torch.nn.Module], an
     path = heldout.config.heldout.eval_data_path
     why = heldout.bad[0] if heldout.bad else "the file is empty"
     raise_together(None if everything else f"eval_data_path={path}: no pair of it can be used; {why}")
-    return summary(everything, sum(bad for _, bad in parts))
+    record = summary(everything, sum(bad for _, bad in parts))
+    return {"eval_reward": heldout_reward(everything, heldout.config), **record}
+
+
+def heldout_reward(rows: list[dict[str, Any]], config: GRPOConfig) -> float:
+    """Mean reward of the responses, each data set's pairs compared with each other.
+
+    A step's reward depends on which pairs the step drew; here they are the same every time.
+    """
+    total, count = 0.0, 0
+    for name in dict.fromkeys(row["dataset"] for row in rows):
+        members = [row for row in rows if row["dataset"] == name]
+        given = [[row["completions"][side] for row in members] for side in range(2)]
+        valid = torch.tensor([[completion is not None for completion in side] for side in given])
+        rollouts = StepRollouts(
+            responses=[[row["texts"][side] for row in members] for side in range(2)],
+            lengths=torch.tensor([[len(one.token_ids) if one else 0 for one in side] for side in given]),
+            embeddings=torch.from_numpy(np.array([[row["embeddings"][side] for row in members] for side in range(2)])),
+            valid=valid,
+            has_embedding=torch.tensor([[row["usable"][side] for row in members] for side in range(2)]),
+            target_ids=torch.tensor([row["target"] for row in members]),
+        )
+        rewards = score_step(
+            rollouts,
+            replace(config.reward, comparison_pairs=len(members)),
+            num_generations=1,
+            max_completion_length=config.rollout.max_completion_length,
+        )
+        total += float(rewards.total.sum())
+        count += int(valid.sum())
+    return total / max(count, 1)
 
 
 def _has(completion: Completion | None, token: int) -> bool:
@@ -125,7 +159,7 @@ def summary(rows: list[dict[str, Any]], unreadable: int) -> dict[str, float]:
             hits[-1] = float(own[similarity.argmax()])
             if own.any() and not own.all():
                 margins.append(float(similarity[own].mean() - similarity[~own].mean()))
-    lengths = [length for row in rows for length in row["lengths"]]
+    lengths = [len(given.token_ids) for row in rows for given in row["completions"] if given is not None]
     missing = [not usable for row in rows for usable in row["usable"]]
     return {
         "eval_gen_hit1": _mean(hits),

@@ -49,6 +49,7 @@ LINE = (  # record key, what the line calls it, format
     ("generated_tokens_per_second", "generated tokens/s", ",.0f"),
     ("trained_tokens_per_second", "trained tokens/s", ",.0f"),
     ("eval_gen_hit1", "held-out gen hit@1", ".3f"),
+    ("eval_reward", "held-out reward", ".4f"),
     ("grad_norm", "grad norm", ".3f"),
     ("skipped_iterations", "number of skipped iterations", "d"),
     ("nan_iterations", "number of nan iterations", "d"),
