@@ -145,7 +145,8 @@ def test_wrong_shapes_are_refused(query, target, size):
     "response,reward",
     [
         ("<think>a</think><answer>b<gen_emb>", 1.0),
-        ("so: <think>a\nb</think>\n\n<answer>\nc\n<gen_emb> and more", 1.0),
+        ("<think>a\nb</think>\n\n<answer>\nc\n<gen_emb> and more", 1.0),
+        ("so: <think>a</think><answer>b<gen_emb>", 0.0),
         ("<think></think><answer><gen_emb>", 1.0),
         ("<think>a</think><answer>b", 0.0),
         ("<think>a<answer>b<gen_emb>", 0.0),
