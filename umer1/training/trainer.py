@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,10 +175,11 @@ class Trainer:
         return str(config.model.hf_model or config.checkpoint.load or config.model.source)
 
     def plot(self) -> None:
-        """The record so far as SAVE/training.png."""
-        save = self.config.checkpoint.save
-        if self.state.rank == 0 and save:
-            plot_training(f"{save}/metrics.jsonl", f"{save}/training.png")
+        """The record so far, if there is any, as SAVE/training.png."""
+        if self.state.rank == 0 and self.config.checkpoint.save:
+            record = Path(self.config.checkpoint.save) / "metrics.jsonl"
+            if record.stat().st_size:
+                plot_training(record, record.with_name("training.png"))
 
     def finish(self) -> None:
         """Export, plot, and say what comes next."""
