@@ -107,6 +107,11 @@ def test_the_record(setting, runs):
     assert 0 < seconds <= steps[0]["milliseconds"] / 1000
     every = completions(save, 1)
     assert steps[0]["reward"] == pytest.approx(sum(each["total"] for each in every) / len(every), abs=1e-5)
+    sets = {line["dataset"] for line in rollouts(save)}
+    assert {key for key in steps[0] if key.startswith("dataset_")} == {f"dataset_reward/{name}" for name in sets}
+    for name in sets:
+        totals = [each["total"] for line in rollouts(save) if line["dataset"] == name for each in line["completions"]]
+        assert steps[0][f"dataset_reward/{name}"] == pytest.approx(sum(totals) / len(totals), abs=1e-5)
     assert steps[0]["response_length"] == pytest.approx(sum(len(each["token_ids"]) for each in every) / len(every))
     cut_off = sum(each["finish_reason"] == "length" for each in every) / len(every)
     assert steps[0]["cut_off_share"] == pytest.approx(cut_off)

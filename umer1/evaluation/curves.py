@@ -10,7 +10,7 @@ from umer1.files import atomic_path
 
 STEP = "iteration"
 MARKED = 40  # so few points are marked: a line through one point shows nothing
-REWARD_PARTS = "reward_*"  # whatever terms the run had
+REWARD_PARTS, DATASET_REWARDS = "reward_*", "dataset_reward/*"  # whatever terms and data sets the run had
 PANELS = {  # title -> keys of the records
     "loss": ("loss", "disc_loss", "gen_loss", "ce_query", "ce_positive"),
     "recall@1 in the batch": ("disc_recall", "gen_recall"),
@@ -21,6 +21,7 @@ PANELS = {  # title -> keys of the records
         "gen_negative_similarity",
     ),
     "reward": ("reward", REWARD_PARTS),
+    "reward by data set": (DATASET_REWARDS,),
     "ranking and margin of the rollouts": ("ranking", "margin"),
     "held out": ("eval_gen_hit1", "eval_reward", "eval_gen_margin", "eval_missing_gen_emb_share"),
     "spread within groups": ("reward_std", "zero_spread_share"),
@@ -94,9 +95,10 @@ def _points(records: list[dict], name: str) -> list[tuple[int, float]]:
 
 
 def _written_out(names: tuple[str, ...], records: list[dict]) -> list[str]:
-    """The keys of a panel, with the reward's terms as the records have them."""
-    if REWARD_PARTS not in names:
-        return list(names)
+    """The keys of a panel, a name that ends in * as the records have it."""
     drawn = {name for panel in PANELS.values() for name in panel}
-    terms = dict.fromkeys(key for record in records for key in record if key.startswith(REWARD_PARTS[:-1]))
-    return [name for name in names if name != REWARD_PARTS] + [term for term in terms if term not in drawn]
+    found = [name for name in names if not name.endswith("*")]
+    for start in (name[:-1] for name in names if name.endswith("*")):
+        keys = dict.fromkeys(key for record in records for key in record if key.startswith(start))
+        found += [key for key in keys if key not in drawn]
+    return found

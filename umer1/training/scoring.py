@@ -33,6 +33,7 @@ class ScoredRound:
     entropy: torch.Tensor  # fp32 [K]
     embeddings: torch.Tensor  # fp32 [2 * P * G, H]
     rollouts: StepRollouts | None = None  # N pairs: all ranks'
+    datasets: list[str] | None = None  # [N], data set of each pair
     rewards: StepRewards | None = None
     cut_off: torch.Tensor | None = None  # int64 [2, N * G]: 1 where the response was cut off at the longest length
     advantages: torch.Tensor | None = None  # fp32 [2, N * G]
@@ -125,8 +126,9 @@ class Scorer:
         lengths, valid, embedded, scored.cut_off = self.of_all_ranks(facts.to(self.state.device), round_).unbind(-1)
         targets = torch.tensor([pair.positive.sequence.target_id for pair in round_.pairs])
         targets = self.of_all_ranks(targets.repeat(2).repeat_interleave(group).to(self.state.device), round_)
+        responses, scored.datasets = self._texts(round_)
         scored.rollouts = StepRollouts(
-            responses=self._texts(round_),
+            responses=responses,
             lengths=lengths,
             embeddings=self.of_all_ranks(scored.embeddings, round_),
             valid=valid.bool(),
@@ -145,19 +147,21 @@ class Scorer:
         mine = self.of_this_rank(scored.advantages, round_)
         scored.step.advantages = mine[round_.rollout_of_token().to(mine.device)]
 
-    def _texts(self, round_: Round) -> list[list[str]]:
-        """[2][N * G] responses of all ranks, "" for a failed rollout; without the token that stopped them."""
+    def _texts(self, round_: Round) -> tuple[list[list[str]], list[str]]:
+        """Of all ranks: responses [2][N * G], "" for a failed one, without the token that stopped it; data sets [N]."""
         mine = [self.text(completion) for completion in round_.completions]
-        slots = [pair.slot for pair in round_.pairs]
+        places = [(pair.slot, pair.dataset) for pair in round_.pairs]
         parts: list[Any] = [None] * self.state.dp_size
-        dist.all_gather_object(parts, (slots, mine), group=self.state.groups.dp)
-        group = round_.num_generations
-        found = [[""] * (sum(len(slots) for slots, _ in parts) * group) for _ in range(2)]
-        for slots, texts in parts:
+        dist.all_gather_object(parts, (places, mine), group=self.state.groups.dp)
+        group, count = round_.num_generations, sum(len(places) for places, _ in parts)
+        found, datasets = [[""] * (count * group) for _ in range(2)], [""] * count
+        for places, texts in parts:
+            for slot, name in places:
+                datasets[slot] = name
             for number, text in enumerate(texts):
-                side, rest = divmod(number, len(slots) * group)
-                found[side][slots[rest // group] * group + rest % group] = text
-        return found
+                side, rest = divmod(number, len(places) * group)
+                found[side][places[rest // group][0] * group + rest % group] = text
+        return found, datasets
 
     def text(self, completion: Completion | None) -> str:
         """A response as text, special tokens included, up to and without `<|im_end|>`; "" for a failed one."""
@@ -194,7 +198,7 @@ class Scorer:
 
         group = scored.round_.num_generations
         std = _group_std(rewards.total, valid, group)
-        record = {"reward": mean(rewards.total)}
+        record = {"reward": mean(rewards.total)} | self._by_dataset(scored)
         record |= {f"reward_{name.replace(':', '.')}": mean(part) for name, part in rewards.components.items()}
         record |= {
             "ranking": mean(rewards.ranking),
@@ -208,6 +212,16 @@ class Scorer:
             "generated_tokens": float(rollouts.lengths.sum()),
         }
         return record | {"entropy": self._mean_of_tokens(scored.entropy)} | self.mismatch(scored)
+
+    def _by_dataset(self, scored: ScoredRound) -> dict[str, float]:
+        """Mean reward of each data set's pairs; the mean over all moves with what a step drew, too."""
+        group, found = scored.round_.num_generations, {}
+        for name in dict.fromkeys(scored.datasets):
+            chosen = torch.tensor([each == name for each in scored.datasets]).repeat_interleave(group)
+            chosen = scored.rollouts.valid & chosen.to(scored.rollouts.valid.device)
+            if chosen.any():
+                found[f"dataset_reward/{name or 'unnamed'}"] = float(scored.rewards.total[chosen].mean())
+        return found
 
     def mismatch(self, scored: ScoredRound) -> dict[str, float]:
         """How far trainer and engine are apart on the tokens of all ranks."""
