@@ -6,6 +6,7 @@ bad pair's replacement depends on (seed, step, slot) alone.
 
 import itertools
 import signal
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class StepData:
     failure: str | None = None  # why the share could not be filled; `batches` and `pairs` are then empty
 
 
-class SlotFiller:
+class SlotFiller(ABC):
     """`filler[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead.
 
     Says which pair stands in which slot; a subclass makes of them what its trainer takes (`_assemble`).
@@ -140,9 +141,9 @@ class SlotFiller:
         self._assemble(data, pairs)
         return data
 
+    @abstractmethod
     def _assemble(self, data: StepData, pairs: list[Any]) -> None:
         """Put the usable pairs of the share, in the order of its slots, into `data`."""
-        raise NotImplementedError
 
     def _usable(self, data: StepData, slot: int, index: int) -> Any | None:
         """The pair of a slot, or the first replacement that can be used; None, with the reason, when there is none."""
