@@ -1,6 +1,7 @@
 """The words all else uses: a pair as the file says it, a tokenised sequence, a prompt, and a packed micro-batch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 import numpy as np
 import torch
@@ -79,8 +80,22 @@ class PromptPair:
     slot: int = -1  # place in the global batch, the same at any number of ranks
 
 
+class Movable:
+    """A dataclass of tensors and other things."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device) -> Self:
+        """Move every tensor; in place, and returns itself."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, torch.Tensor):
+                setattr(self, item.name, value.to(device, non_blocking=True))
+        return self
+
+
 @dataclass(slots=True)
-class PackedBatch:
+class PackedBatch(Movable):
     """S sequences one after the other in T token slots (padding, if any, is a last segment of its own).
 
     `cu_seqlens` bounds the segments, the padding segment included.  B pairs: sequences are ordered
@@ -104,11 +119,3 @@ class PackedBatch:
     supervised_sides: torch.Tensor  # int64 [R]: 0 query, 1 positive
     num_real_tokens: int  # T less padding
     vision_features: torch.Tensor | None = field(default=None)  # [P, vision_dim], kept from the frozen ViT's one run
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """Move every tensor; in place, and returns itself."""
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device, non_blocking=True))
-        return self

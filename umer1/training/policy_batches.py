@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from umer1.data.packing import plan_micro_batches
-from umer1.data.schema import Prompt, PromptPair, Sequence
+from umer1.data.schema import Movable, Prompt, PromptPair, Sequence
 from umer1.models.embedding import last_index
 from umer1.rl.types import Completion
 
@@ -79,7 +79,7 @@ class Round:
 
 
 @dataclass(slots=True)
-class PolicyBatch:
+class PolicyBatch(Movable):
     """A micro-batch of S rollouts in T token slots (a padding segment, if any, comes last); R response tokens."""
 
     input_ids: torch.Tensor  # int64 [T]
@@ -93,14 +93,6 @@ class PolicyBatch:
     tokens: torch.Tensor  # int64 [R]: its place in the round's flat tokens
     rollouts: list[int]  # [S], numbers in the round
     gen_rows: torch.Tensor  # int64 [S]: row of the response's last <gen_emb>; of its last token when there is none
-
-    def to(self, device: torch.device) -> "PolicyBatch":
-        """Move every tensor; in place, and returns itself."""
-        for name in self.__slots__:
-            value = getattr(self, name)
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device, non_blocking=True))
-        return self
 
 
 def teacher_forced(prompt: Sequence, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
