@@ -5,7 +5,13 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 _HERE = str(Path(__file__).resolve().parent)
+# Without a GPU, Triton kernels run in triton's interpreter; read when triton is imported.  Not for child processes:
+# a kernel is compiled in one, and vLLM's must not find a triton that seems to work.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 if _HERE not in sys.path:
     sys.path.insert(0, _HERE)
 # Where vLLM's CPU build is installed, transformers imports only with what its process gets as sitecustomize.

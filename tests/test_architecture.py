@@ -14,14 +14,15 @@ ALLOWED = {
     "device": set(),
     "testing": set(),
     "distributed": BASE,
-    "losses": BASE | {"distributed"},
-    "models": BASE | {"distributed"},
+    "ops": {"errors", "device"},
+    "losses": BASE | {"distributed", "ops"},
+    "models": BASE | {"distributed", "ops"},
     "checkpoints": BASE | {"distributed", "models"},
     "data": BASE | {"models"},
     "inference": BASE | {"distributed", "models", "checkpoints", "data"},
-    "rl": BASE | {"distributed", "models", "checkpoints", "data", "inference"},
+    "rl": BASE | {"ops", "distributed", "models", "checkpoints", "data", "inference"},
     "evaluation": BASE | {"distributed", "models", "data", "inference"},
-    "training": BASE | {"distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
+    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
     "conversion": BASE | {"distributed", "models", "checkpoints", "training"},
     "cli": {"errors"},
 }
@@ -31,6 +32,8 @@ OWNERS = {
     "transformer_engine": {"models"},
     "wandb": {"training"},
     "vllm": {"rl"},
+    "triton": {"device"},
+    "umer1_kernels": {"ops"},
 }
 
 

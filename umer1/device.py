@@ -1,4 +1,4 @@
-"""The one place that asks what this machine has: device, communication backend, Transformer Engine."""
+"""The one place that asks what this machine has: device, communication backend, Transformer Engine, Triton."""
 
 import importlib.util
 import os
@@ -29,6 +29,19 @@ def backend() -> str:
 def has_te() -> bool:
     """Whether Transformer Engine's layers can be used: a CUDA device and the package."""
     return has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton is installed; its kernels run on CUDA devices, and in its interpreter for tests."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def default_dtype() -> torch.dtype:

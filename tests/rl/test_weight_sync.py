@@ -20,6 +20,8 @@ from umer1.rl.types import EngineDied
 from umer1.rl.weight_sync import EXIT_STATUS, WeightSync
 from umer1.testing import run_distributed
 
+LIMIT, SLOW = 4.0, 6.0  # seconds of an update, and of an engine over it; a busy machine needs up to 2 s for the rest
+
 
 class FakeEngine:
     """Takes weights; misbehaves in one way on one rank."""
@@ -33,7 +35,7 @@ class FakeEngine:
     def load_weights(self, tensors):
         self.taken = {}
         if self.fault == "is slow to start":
-            time.sleep(1.5)
+            time.sleep(SLOW)
         if self.fault == "dies at the start":
             raise EngineDied("its last words")
         for number, (name, tensor) in enumerate(tensors):
@@ -57,7 +59,7 @@ class FakeEngine:
         if self.fault == "fails":
             raise KeyError("its own mistake")
         if self.fault == "is slow":
-            time.sleep(1.5)
+            time.sleep(SLOW)
         if self.fault == "hangs":
             time.sleep(1000)
 
@@ -99,8 +101,8 @@ def test_a_bad_engine_is_known_to_all(path, layout):
         ("leaves early", 0, 100.0),
         ("keeps the old", 1, 100.0),
         ("reports a stranger", 1, 100.0),
-        ("is slow", 1, 1.0),
-        ("is slow to start", 1, 1.0),
+        ("is slow", 1, LIMIT),
+        ("is slow to start", 1, LIMIT),
         ("dies at the start", 0, 100.0),
     ]
     for rank, found in enumerate(run_distributed(synced_all, 2, path, layout, faults)):
@@ -122,7 +124,7 @@ def test_a_bad_engine_is_known_to_all(path, layout):
         kind, text = found["reports a stranger"]
         assert kind == "UserError" and "stranger: the trainer has no such tensor" in text
         kind, text = found["is slow"]
-        assert kind == "UserError" and "rank 1: weight update of the fake engine did not end within 1 s" in text
+        assert kind == "UserError" and "rank 1: weight update of the fake engine did not end within 4 s" in text
         assert found["is slow to start"] == ("well", "")
         kind, text = found["dies at the start"]
         assert kind == "EngineDied" and "rank 0" in text and "its last words" in text
