@@ -17,6 +17,7 @@ from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.data.mini_tasks import (
     HOP_TASKS,
     NUM_ANSWERS,
+    NUMBERS,
     TASKS,
     Teacher,
     digit_word,
@@ -30,7 +31,7 @@ from umer1.data.rl_dataset import PromptDataset
 from umer1.errors import ConfigError, UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 
-SMALL = dict(num_train_pairs=160, num_eval_queries=12, num_rl_pairs=80, num_rl_eval_pairs=64)
+SMALL = dict(num_train_pairs=160, num_eval_queries=12, num_rl_pairs=60, num_rl_eval_pairs=64)
 RL_FILES = ("rl.json", "rl_eval.json")
 BRACKETS = re.compile(r"<answer>(.*)<gen_emb>$")
 
@@ -66,15 +67,16 @@ def test_every_record_is_accepted_by_the_data_pipeline(root):
             assert len(side) < 80, "a side must be short enough for two CPU cores"
 
 
-@pytest.mark.parametrize("name, count", [("rl.json", 80), ("rl_eval.json", 64)])
-def test_every_rl_record_is_accepted_by_the_data_pipeline(root, name, count):
+@pytest.mark.parametrize("name, tasks, count", [("rl.json", HOP_TASKS, 60), ("rl_eval.json", TASKS, 64)])
+def test_every_rl_record_is_accepted_by_the_data_pipeline(root, name, tasks, count):
     directory = HFDirectory.open(mini_base_path())
     images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
     dataset = PromptDataset(
         root / name, root, Processor(directory.tokenizer, directory.special, directory.config, images)
     )
-    assert len(dataset) == count and Counter(dataset.name_ids.tolist()) == dict.fromkeys(range(4), count // 4)
-    assert dataset.names == tuple(f"mini-{task}" for task in TASKS)
+    share = count // len(tasks)
+    assert len(dataset) == count and Counter(dataset.name_ids.tolist()) == dict.fromkeys(range(len(tasks)), share)
+    assert dataset.names == tuple(f"mini-{task}" for task in tasks)
     pairs = [dataset[index] for index in range(count)]
     assert {len(prompt.images) for pair in pairs for prompt in (pair.query, pair.positive)} == {0, 1}
     frames = {video.shape[0] for pair in pairs if pair.dataset == "mini-vid" for video in pair.query.videos}
@@ -113,9 +115,17 @@ def test_rl_pairs_show_boards_that_nothing_else_shows(tmp_path):
             paths = query.get("video") or [query["image"]]
             evaluation.add(b"".join((root / path).read_bytes() for path in paths))
     rl, rl_eval, train = shown("rl"), shown("rl-eval"), set(shown("train"))
-    assert len(rl) == 3 * 75 + 300 and len(rl_eval) == 192
+    assert len(rl) == 3 * 100 and len(rl_eval) == 192
     assert len(set(rl)) == len(rl) and len(set(rl_eval)) == len(rl_eval)
     assert not set(rl) & (train | evaluation) and not set(rl_eval) & (train | evaluation | set(rl))
+
+
+def test_rl_questions_are_the_longer_ones(root):
+    def hops(name):
+        asked = [r["qry_text"].split() for r in rl_records(root, [name]) if r["dataset_name"] != "mini-look"]
+        return {NUMBERS.index(word.strip(".,:?")) for text in asked for word in text if word.strip(".,:?") in NUMBERS}
+
+    assert hops("rl.json") == {2, 3, 4} and hops("rl_eval.json") == {0, 1, 2, 3, 4}
 
 
 def test_rl_answers(root):

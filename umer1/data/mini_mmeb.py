@@ -63,8 +63,8 @@ class MiniSettings:
     "Seed of the held-out queries and candidates, so that runs with other training pairs share one evaluation."
     num_train_pairs: int = 12_288
     "Training pairs over the four tasks; a multiple of 128 leaves no short blocks of 32 pairs."
-    num_rl_pairs: int = 2_048
-    "Pairs for RL over the four tasks, none of them among the training pairs."
+    num_rl_pairs: int = 1_536
+    "Pairs for RL over the three tasks of arrows (image, video, document), none of them among the training pairs."
     num_rl_eval_pairs: int = 128
     "Held-out pairs to watch RL by, over the four tasks; a quarter of their answers never is one in training."
     num_eval_queries: int = 96
@@ -73,6 +73,8 @@ class MiniSettings:
     "Training questions that share one picture."
     max_hops: int = 4
     "Most arrows that a question follows; uniform from 0."
+    rl_min_hops: int = 2
+    "Fewest arrows that a question for RL follows: what imitation has already learnt has nothing to teach RL."
     slip_rate: float = 0.05
     "Share of teacher traces of one hop or more that take a wrong turn."
     miscount_rate: float = 0.6
@@ -102,6 +104,8 @@ class MiniSettings:
             )
         if not 0 <= self.max_hops < len(NUMBERS):
             found.append(f"max_hops={self.max_hops} must lie between 0 and {len(NUMBERS) - 1}")
+        elif not 0 <= self.rl_min_hops <= self.max_hops:
+            found.append(f"rl_min_hops={self.rl_min_hops} must lie between 0 and max_hops={self.max_hops}")
         for name in ("slip_rate", "miscount_rate", "terse_rate", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}={getattr(self, name)} must lie between 0 and 1")
@@ -249,12 +253,11 @@ class _Writer:
     def _rl_records(self) -> Iterator[str]:
         """JSON lines, one pair each, task by task."""
         settings = self.settings
-        for number, task in enumerate(TASKS):
-            rng = np.random.default_rng([settings.seed, 3, number])
-            count = settings.num_rl_pairs // len(TASKS)
-            for question in training_questions(
-                task, count, settings.questions_per_board, settings.max_hops, self.seen, rng
-            ):
+        hops = (settings.rl_min_hops, settings.max_hops)
+        for task in HOP_TASKS:
+            rng = np.random.default_rng([settings.seed, 3, TASKS.index(task)])
+            count = settings.num_rl_pairs // len(HOP_TASKS)
+            for question in training_questions(task, count, settings.questions_per_board, hops, self.seen, rng):
                 yield self._rl_record(question, "rl", rng)
 
     def _rl_eval_records(self) -> Iterator[str]:

@@ -30,23 +30,19 @@ def board_key(board: Board) -> bytes:
 
 
 def training_questions(
-    task: str, count: int, questions_per_board: int, max_hops: int, seen: set[bytes], rng: np.random.Generator
+    task: str, count: int, questions_per_board: int, hops: tuple[int, int], seen: set[bytes], rng: np.random.Generator
 ) -> Iterator[Question]:
     """Questions with answers that are not held out; equal answers share their target's picture.
 
-    seen: keys of boards not to be used; those that are used are added.
+    hops: fewest and most.  seen: keys of boards not to be used; those that are used are added.
     """
-    if task == "look":
-        for _ in range(count):
-            yield _new_look(seen, rng)
-        return
     targets = [hop_target(rng, task, answer) for answer in range(NUM_ANSWERS)]
     for index in range(count):
         if index % questions_per_board == 0:
             while board_key(board := sample_board(rng, task)) in seen:
                 pass
             seen.add(board_key(board))
-        question = sample_question(rng, task, board, (0, max_hops), _NO_ERRORS, False)
+        question = sample_question(rng, task, board, hops, _NO_ERRORS, False)
         yield Question(task, question.query, targets[question.answer], question.answer, question.hops)
 
 

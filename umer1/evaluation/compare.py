@@ -9,9 +9,9 @@ responses: length, format, how far apart the embeddings of different thoughts of
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from umer1.errors import UserError
 from umer1.evaluation.modes import MODES
@@ -19,12 +19,16 @@ from umer1.evaluation.report import (
     RESPONSE_COLUMNS,
     draw_bars,
     draw_pass_at_k,
+    new_figure,
     percent,
     response_cells,
     save_figure,
     table,
 )
 from umer1.evaluation.retrieval import estimate, mean_of_estimates
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def read_result(path: str | Path) -> dict:
@@ -135,10 +139,10 @@ def _response_table(results: dict[str, dict]) -> str:
     return table(["responses", "model", *RESPONSE_COLUMNS], rows)
 
 
-def _figure(results: dict[str, dict]) -> Figure:
+def _figure(results: dict[str, dict]) -> "Figure":
     """Bars of the scores; beside them, where samples were drawn, pass@k as the mean over tasks."""
     sampled = _with_samples(results)
-    figure = Figure(figsize=(13 if sampled else 9, 4.2), layout="constrained")
+    figure = new_figure(13 if sampled else 9, 4.2)
     if not sampled:
         draw_bars(figure.subplots(), results)
         return figure

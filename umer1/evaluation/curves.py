@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from umer1.errors import UserError
-from umer1.files import atomic_path
+from umer1.evaluation.report import new_figure, save_figure
 
 STEP = "iteration"
 MARKED = 40  # so few points are marked: a line through one point shows nothing
@@ -75,7 +73,7 @@ def plot_training(metrics_jsonl: str | Path, png: str | Path) -> None:
         raise UserError(f"{metrics_jsonl}: none of the metrics that are drawn ({', '.join(PANELS)}) is in it")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    figure = new_figure(4.2 * columns, 3.0 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
         for name, points in curves.items():
@@ -86,8 +84,7 @@ def plot_training(metrics_jsonl: str | Path, png: str | Path) -> None:
         axes.legend(fontsize=7)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
-    with atomic_path(png) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, png)
 
 
 def _points(records: list[dict], name: str) -> list[tuple[int, float]]:

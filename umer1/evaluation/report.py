@@ -4,12 +4,14 @@ A result is the dictionary that `umer1 eval` writes as results.json (modes.py sa
 """
 
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from umer1.evaluation.modes import MODES
 from umer1.files import atomic_path, write_json, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SCORE_COLUMNS = {
     "disc": "disc",
@@ -99,12 +101,19 @@ def write_evaluation(result: dict, directory: str | Path) -> None:
     save_figure(_evaluation_figure(result), directory / "results.png")
 
 
-def save_figure(figure: Figure, png: str | Path) -> None:
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of that many inches.  matplotlib takes half a second to import: only what draws pays for it."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", png: str | Path) -> None:
     with atomic_path(png) as aside:
         figure.savefig(aside, format="png", dpi=120)
 
 
-def draw_bars(axes: Axes, results: dict[str, dict]) -> None:
+def draw_bars(axes: "Axes", results: dict[str, dict]) -> None:
     """Grouped bars with standard errors: one group per task and the mean, one bar per model and mode."""
     tasks = [*next(iter(results.values()))["tasks"], "mean"]
     series = [(name, mode) for name, result in results.items() for mode in MODES if mode in result["mean"]["score"]]
@@ -127,10 +136,10 @@ def draw_bars(axes: Axes, results: dict[str, dict]) -> None:
     axes.legend(fontsize=8, ncols=min(len(series), 7), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
-def _evaluation_figure(result: dict) -> Figure:
+def _evaluation_figure(result: dict) -> "Figure":
     """The modes by task; beside them, where samples were drawn, pass@k of each task."""
     with_samples = bool(result["mean"].get("pass@k"))
-    figure = Figure(figsize=(12, 4.2) if with_samples else (8, 4.2), layout="constrained")
+    figure = new_figure(12 if with_samples else 8, 4.2)
     if not with_samples:
         draw_bars(figure.subplots(), {"": result})
         return figure
@@ -140,7 +149,7 @@ def _evaluation_figure(result: dict) -> Figure:
     return figure
 
 
-def draw_pass_at_k(axes: Axes, sections: dict[str, dict]) -> None:
+def draw_pass_at_k(axes: "Axes", sections: dict[str, dict]) -> None:
     """One line of pass@k per section that has samples; one named mean is drawn thicker."""
     found: dict[int, None] = {}
     for name, section in sections.items():
