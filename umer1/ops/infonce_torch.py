@@ -1,15 +1,15 @@
-"""InfoNCE on one block of rows against one block of columns, in plain torch: similarities exist one tile at a time.
+"""InfoNCE on one block of rows against one block of columns, in plain torch: logits exist one tile at a time.
 
 `sweep` and `gradients` are the block interface: every implementation offers both with these signatures, and what
 stands above them (one process, gathered columns, a ring) combines blocks without knowing which one ran.
 
 With logits s_ij = q_i . c_j / t, entry (i, j) takes part unless both sides have ids, the ids are equal and j is not
-row i's label.  Row log-sum-exps r_i run over all columns of all blocks; column log-sum-exps over all rows of all ranks,
-for columns of symmetric blocks.  With w_j the number of rows whose label is column j, the sum of both directions' losses
+row i's label.  Row log-sum-exps r_i run over all columns of all blocks; column log-sum-exps x_j over the rows of all
+ranks, for columns of symmetric blocks.  With w_j the number of rows whose label is column j, both directions' losses
 
-    sum_i (r_i - s_i,label(i)) + sum_j w_j x_j - sum_i s_i,label(i)        (x_j: log-sum-exp of column j)
+    sum_i (r_i - s_i,label(i)) + sum_j w_j x_j - sum_i s_i,label(i)
 
-has d / d s_ij = exp(s_ij - r_i) + w_j exp(s_ij - x_j) - 2 [j = label(i)], so that one sweep over s gives every sum and
+have d / d s_ij = exp(s_ij - r_i) + w_j exp(s_ij - x_j) - 2 [j = label(i)], so that one sweep over s gives every sum and
 a second one every gradient: 4 matrix products for both directions, 3 for tiles that are kept in between.
 """
 
@@ -24,7 +24,7 @@ CUDA_TILE = 8192  # 256 MiB of fp32 logits: enough work for each launch
 class Partials(NamedTuple):
     """What a sweep leaves of a block [B, C]; fp32 (fp64 for fp64 inputs), natural logarithms and exponentials.
 
-    An empty set of entries has maximum -inf and sum 0.  NaN in a row or column makes its sum NaN.
+    An empty set of entries has maximum -inf and sum 0.  NaN in a row or column makes its sum NaN, +inf likewise.
     """
 
     row_max: torch.Tensor  # [B] largest logit that takes part, the positive's included
@@ -38,14 +38,36 @@ class Partials(NamedTuple):
 
 
 class Kept:
-    """Tiles of logits that `sweep` leaves for `gradients`, up to a number of bytes; both go through them in one order.
-
-    An implementation may ignore it.
-    """
+    """Tiles of logits that `sweep` leaves for `gradients`, as long as bytes are left; an implementation may ignore it."""
 
     def __init__(self, budget: int):
         self.budget = budget
         self.tiles: dict[tuple[int, int], torch.Tensor] = {}
+
+    def reserve(self, count: int, like: torch.Tensor) -> bool:
+        """Whether `count` more elements may be kept; they are then counted."""
+        size = count * like.element_size()
+        if size > self.budget:
+            return False
+        self.budget -= size
+        return True
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of logits, sums and gradients' accumulators."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge(max_a, sum_a, max_b, sum_b) -> tuple[torch.Tensor, torch.Tensor]:
+    """(maximum, sum of exp(logit - maximum)) of two sets of entries together, either of which may be empty."""
+    largest = torch.maximum(max_a, max_b)
+    shift = _finite_shift(largest)
+    return largest, sum_a * torch.exp(max_a - shift) + sum_b * torch.exp(max_b - shift)
+
+
+def _finite_shift(maximum: torch.Tensor) -> torch.Tensor:
+    """The maximum to subtract: an empty set's -inf would make exp(-inf - -inf) NaN, where 0 is meant."""
+    return maximum.clamp_min(torch.finfo(maximum.dtype).min)
 
 
 def sweep(
@@ -84,6 +106,7 @@ def gradients(
     *,
     row_lse: torch.Tensor,
     column_lse: torch.Tensor | None,
+    positive_gradient: torch.Tensor | None,
     weight: float,
     grad_query: torch.Tensor,
     grad_columns: torch.Tensor,
@@ -94,9 +117,12 @@ def gradients(
     The first six arguments and `kept` are those of `sweep`.
     row_lse: [B], r_i over all blocks, fp32 (fp64).
     column_lse: [C], x_j - log(w_j) over the rows of all ranks, +inf where w_j = 0, so that exp(s_ij - column_lse_j) is
-        the whole second term; None for a block that is not symmetric (its positives, if any, then count once: -1).
-    weight: multiplies every gradient; 1 / (2 G) for the mean over G pairs and both directions.
-    grad_query [B, D], grad_columns [C, D]: contiguous fp32 (fp64), added to; 1/t is included.
+        the whole second term; None for a block that is not symmetric.
+    positive_gradient: [B], what stands at the label in place of the formula, `exp(..) + exp(..) - 2`: there the 1s
+        cancel, and the caller has them accurately (expm1 of the maximum and the sum's logarithm apart).  It is used
+        where the label is in this block; None with labels None.
+    weight: multiplies every gradient, positive_gradient's too; 1 / (2 G) for the mean over G pairs and both directions.
+    grad_query [B, D], grad_columns [C, D]: contiguous fp32 (fp64), added to; weight / t is included.
 
     d loss / d log(1/t) is no output: it equals sum_i <q_i, d loss / d q_i> over all columns, since q enters as q/t.
     """
