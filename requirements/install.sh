@@ -9,7 +9,7 @@ pip() { .venv/bin/python -m pip "$@" --quiet --disable-pip-version-check; }
 install_vllm() {
     site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') &&
     pip install -r requirements/rollout-cpu.txt &&
-    pip uninstall -y torchaudio torchcodec triton &&
+    pip uninstall -y torchaudio torchcodec &&
     cp umer1/rl/engines/child_site/sitecustomize.py "$site/umer1_torchvision.py" &&
     echo "import umer1_torchvision" > "$site/umer1_torchvision.pth" &&
     .venv/bin/python -c "import transformers.models.qwen2_vl.modeling_qwen2_vl, vllm.v1.engine.llm_engine" > /dev/null
