@@ -34,7 +34,7 @@ def make_round(number: int, slots: list[int], spread: torch.Tensor) -> ScoredRou
     round_ = Round(pairs, completions, GROUP)
     flat = torch.tensor(values)
     cache = VisionCache(round_, False, torch.device("cpu"))
-    step = PolicyStep(None, 1.0, cache, None, flat, None, flat + 0.25, flat + 0.5)
+    step = PolicyStep(None, 1.0, cache, flat, None, flat + 0.25, flat + 0.5)
     return ScoredRound(round_, [], step, flat, torch.zeros(len(completions), 4), spread=spread)
 
 

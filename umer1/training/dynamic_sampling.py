@@ -46,7 +46,7 @@ def merge_rounds(rounds: list[ScoredRound], scorer: Scorer) -> ScoredRound:
         completions = [None] * (2 * first.round_.num_generations)
     merged = Round(pairs, completions, first.round_.num_generations)
     cache = VisionCache(merged, first.step.vision.train_vision, first.step.vision.device)
-    step = PolicyStep(first.step.config, first.step.temperature, cache, first.step.tensor_parallel_group)
+    step = PolicyStep(first.step.config, first.step.temperature, cache)
     empty = first.step.old_logprobs[:0]
     step.old_logprobs, step.engine_logprobs, step.advantages = (
         torch.cat([empty, *flats[name]]) for name in ("old", "engine", "advantages")

@@ -130,11 +130,16 @@ def sft_loss(hidden: torch.Tensor, *, batch: PackedBatch, model: torch.nn.Module
     cross_entropies = hidden.new_zeros(2, dtype=torch.float32)
     if ce_weight > 0:
         counts = torch.tensor(step.totals.supervised_tokens, device=hidden.device).clamp(min=1)
-        logits = core.logits(hidden[batch.supervised_rows])
-        cross_entropies = cross_entropy_sums(logits, batch.supervised_labels, batch.supervised_sides) / counts
-        scalar = scalar + ce_weight * cross_entropies.sum()
+        cross_entropy, sums = core.through_head(
+            cross_entropy_sums,
+            hidden[batch.supervised_rows],
+            batch.supervised_labels,
+            batch.supervised_sides,
+            ce_weight / counts,
+        )
+        scalar, cross_entropies = scalar + cross_entropy, sums / counts
     elif getattr(core.output_layer, "weight", None) is not None:
         # Overlapped gradient reduction waits for a gradient of every trained parameter.
         scalar = scalar + 0.0 * core.output_layer.weight.flatten()[0].float()
-    numbers = torch.cat([losses.float(), cross_entropies.detach(), statistics.float()])
+    numbers = torch.cat([losses.float(), cross_entropies, statistics.float()])
     return scalar, torch.zeros((), dtype=torch.int, device=hidden.device), numbers

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from umer1.losses.grpo import importance_weights, token_losses, token_statistics
-from umer1.losses.logprobs import chosen_logprobs
 from umer1.models.embedding import read_embedding
 from umer1.models.qwen2_vl.weights import unwrap
+from umer1.ops.linear_cross_entropy import linear_logprobs
 from umer1.training.policy_batches import PolicyBatch, Round
 from umer1.training.policy_config import PolicyConfig
 
@@ -49,7 +48,6 @@ class PolicyStep:
     config: PolicyConfig
     temperature: float
     vision: VisionCache
-    tensor_parallel_group: dist.ProcessGroup
     old_logprobs: torch.Tensor | None = None  # fp32 [K]
     ref_logprobs: torch.Tensor | None = None  # fp32 [K]; None without a KL term
     engine_logprobs: torch.Tensor | None = None  # fp32 [K]
@@ -67,8 +65,9 @@ def run_policy(batch: PolicyBatch, model: torch.nn.Module, step: PolicyStep) -> 
 
 
 def _logprobs(hidden: torch.Tensor, batch: PolicyBatch, core: torch.nn.Module, step: PolicyStep, entropy: bool):
-    rows, group = hidden.index_select(0, batch.rows), step.tensor_parallel_group
-    return chosen_logprobs(rows, batch.labels, core.logits, temperature=step.temperature, entropy=entropy, group=group)
+    """(log-probs, entropy) at the temperature of sampling over the real vocabulary, nothing banned, as the engine's."""
+    rows = hidden.index_select(0, batch.rows)
+    return core.through_head(linear_logprobs, rows, batch.labels, temperature=step.temperature, entropy=entropy)
 
 
 def score_step(iterator: Iterator[PolicyBatch], model: torch.nn.Module, step: PolicyStep, embeddings: bool = True):

@@ -79,7 +79,7 @@ class Scorer:
     def score(self, models: list[torch.nn.Module], round_: Round) -> ScoredRound:
         """Old log-probs, entropies and embeddings of a round, from one forward pass."""
         cache = VisionCache(round_, self.config.model.train_vision, self.state.device)
-        step = PolicyStep(self.config.policy, self.config.rollout.temperature, cache, self.state.groups.tp)
+        step = PolicyStep(self.config.policy, self.config.rollout.temperature, cache)
         parts = self.parts(round_)
         tokens, rollouts, hidden = round_.num_tokens, len(round_.completions), models_hidden_size(models)
         flat = torch.zeros(2 * tokens + rollouts * hidden, device=self.state.device)

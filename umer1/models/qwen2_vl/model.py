@@ -5,13 +5,14 @@ stage (one virtual stage with interleaving); `build_model` makes those of this p
 """
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch.nn.functional import pad
 
@@ -21,6 +22,7 @@ from umer1.errors import ConfigError
 from umer1.models.attention import KVCache, PackedSequences, SDPAPlan, packed_sequences
 from umer1.models.backend import CoreAttentionName, block_submodules, uses_te_attention
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.models.qwen2_vl.head import VocabularyHead
 from umer1.models.qwen2_vl.megatron_config import decoder_config, vision_config
 from umer1.models.qwen2_vl.vision import VisionTower
 
@@ -84,7 +86,7 @@ class Qwen2VL(LanguageModule):
         for number, layer in enumerate(self.decoder.layers):
             layer.self_attention.core_attention.cache_layer = number
         if self.post_process:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = VocabularyHead(
                 config.hidden_size,
                 padded_vocab,
                 config=_without_sequence_parallel(config),
@@ -172,11 +174,22 @@ class Qwen2VL(LanguageModule):
         Padded vocabulary has the lowest finite logit, so that a softmax over all ranks is that of the real one.  The
         gradient of `rows` comes complete on every tensor-parallel rank.
         """
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(rows, weight=weight)
+        logits, _ = self.output_layer(rows, weight=self._shared_weight())
         if self.real_local_vocab < self.local_vocab:
             logits[:, self.real_local_vocab :] = torch.finfo(logits.dtype).min
         return logits
+
+    def through_head(self, operation: Callable, rows: torch.Tensor, *args: Any, **options: Any) -> Any:
+        """operation(rows [R, H], the head's weight [V_padded / tp, H], *args, vocab_size=, group=, **options).
+
+        For operations of umer1.ops that never make all logits.  Last stage only.
+        """
+        vocabulary = dict(vocab_size=self.model_config.vocab_size, group=self.tp_group)
+        return self.output_layer(
+            rows,
+            weight=self._shared_weight(),
+            operation=lambda rows, weight: operation(rows, weight, *args, **vocabulary, **options),
+        )
 
     def new_cache(self, num_sequences: int, capacity: int) -> KVCache:
         """An empty cache for this stage's layers and this rank's heads."""
@@ -190,6 +203,10 @@ class Qwen2VL(LanguageModule):
             dtype=weight.dtype,
             device=weight.device,
         )
+
+    def _shared_weight(self) -> torch.Tensor | None:
+        """The embedding's weight where the head has none of its own."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
     def _packed(
         self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, filling: int, cache: KVCache | None
