@@ -40,10 +40,10 @@ pytest perf/bench_*.py --sizes tiny --benchmark-disable   # each provider once, 
 ```
 
 Median of several calls; on a GPU by events with a cold L2 cache, without one wall time. Memory: what a call takes at
-its peak above its inputs, results included; on a GPU from the allocator, without one from the process's resident memory.
+its peak above its inputs, results included; on a GPU from the allocator, elsewhere from the process's resident memory.
 Error: the largest relative error (Frobenius norm) of the results against fp64 on the same inputs. Floor: the larger of
-arithmetic at the measured rate of a large matrix product, bytes at that of a large copy, and the time of an empty call;
-"of floor" is floor / median. TFLOP/s and GB/s count the least work, the same for every provider.
+arithmetic at the measured rate of a large matrix product, bytes at that of a large copy, and the time of an empty
+call; "of floor" is floor / median. TFLOP/s and GB/s count the least work, the same for every provider.
 """
 NOT_MEASURED = "not measured"
 

@@ -1,0 +1,107 @@
+"""One optimizer step of cold-start SFT with random weights and data made on the fly: tokens/s, pairs/s, MFU, memory.
+
+    python perf/step_sft.py [--model Qwen2-VL-2B|small] [--steps 4] [--results DIR]
+
+The step is the trainer's own (cached contrastive over the micro-batches, both InfoNCE losses, cross-entropy, AdamW);
+only reading of data is left out.  FLOPs are the model's, by umer1/training/flops.py: the first pass of cached
+contrastive and the recomputation of layers take time and are not counted.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from steps import command_line, median_of, model_settings, run, time_steps, utilisation
+from synthetic import MODELS, directory_of, fill_randomly, random_pairs
+
+from umer1 import device
+from umer1.data.loader import DataConfig
+from umer1.data.packing import pack
+from umer1.data.schema import PackedBatch
+from umer1.distributed.parallel import ParallelState, init_distributed
+from umer1.training.build import build_training_model
+from umer1.training.config import SFTConfig
+from umer1.training.optimizer import OptimizerConfig
+from umer1.training.sft import SFTTrainer
+from umer1.training.trainer import Trainer
+
+# Pairs a step and a micro-batch, and the sides' sizes: 256 picture tokens, 128 of text, 256 of reasoning.
+SIZES = {
+    "Qwen2-VL-2B": (64, 8, {"text": 128, "response": 256, "grid": (32, 32)}),
+    "small": (4, 2, {"text": 16, "response": 24, "grid": (4, 4)}),
+}
+ABOUT = (
+    "One process. Each side has a picture, a prompt and a response: 256 + 128 + 256 tokens for the 2B shape, micro-"
+    "batches of 8 pairs, frozen ViT, every layer recomputed, random weights."
+)
+
+
+class FixedBatches:
+    """The same micro-batches every step; the frozen ViT's features are made anew, as they would be."""
+
+    def __init__(self, batches: list[PackedBatch]):
+        self.batches = batches
+
+    def next(self) -> tuple[list[PackedBatch], bool]:
+        return [replace(batch, vision_features=None) for batch in self.batches], len(self.batches) > 1
+
+
+class StepTrainer(SFTTrainer):
+    """The trainer's step without its program: no files, no logs, no checkpoints."""
+
+    def __init__(self, config: SFTConfig, model_name: str, state: ParallelState, fp8: bool):
+        directory = directory_of(MODELS[model_name])
+        pairs, micro_batch, sizes = SIZES[model_name]
+        made = random_pairs(directory, pairs, seed=config.run.seed, **sizes)
+        # FP8 products want multiples of 16 rows.
+        batches = [pack(made[start : start + micro_batch], 16) for start in range(0, pairs, micro_batch)]
+        models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
+        fill_randomly(models)
+        if fp8:
+            for model in models:
+                model.config.fp8, model.config.fp8_recipe = "hybrid", "tensorwise"
+        source = FixedBatches([batch.to(state.device) for batch in batches])
+        Trainer.__init__(self, config, directory, state, source, models)
+
+
+def settings(model_name: str, fp32: bool) -> SFTConfig:
+    pairs, micro_batch, _ = SIZES[model_name]
+    model, parallel = model_settings(fp32)
+    return SFTConfig(
+        model=model,
+        parallel=parallel,
+        data=DataConfig(global_batch_size=pairs, micro_batch_size=micro_batch),
+        optimizer=OptimizerConfig(train_iters=1000, lr=1e-6, lr_warmup_iters=0),
+    )
+
+
+def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
+    """A row of the record."""
+    if precision == "fp8" and not device.has_te():
+        return {"not_measured": "needs a GPU and Transformer Engine"}
+    config = settings(model_name, fp32=precision == "fp32")
+    with init_distributed(config.parallel, seed=config.run.seed) as state:
+        trainer = StepTrainer(config, model_name, state, fp8=precision == "fp8")
+        records, peak = time_steps(trainer.train_step, steps)
+        seconds, flops = median_of(records, "seconds"), median_of(records, "flops")
+        found = {
+            "pairs": config.data.global_batch_size,
+            "tokens": median_of(records, "tokens"),
+            "seconds": seconds,
+            "flops": flops,
+            "mfu": utilisation(flops, seconds),
+            "peak_bytes": peak,
+            "loss": records[-1]["loss"],
+            "skipped": trainer.skipped,
+        }
+    torch.cuda.empty_cache()
+    return found
+
+
+def main() -> None:
+    precisions = ("bf16", "fp8") if device.has_cuda() else ("fp32",)
+    run("step_sft", ABOUT, command_line(__doc__), precisions, measure)
+
+
+if __name__ == "__main__":
+    main()
