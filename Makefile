@@ -1,9 +1,10 @@
 # make quickstart   set up, train the embedded default, score it        make test   set up and run the tests
+# make perf         benchmarks of the operations, tables in perf/       make gpu-check   tests and benchmarks on a GPU
 PYTHON ?= python3
 NPROC ?= 2
 BIN = .venv/bin
 
-.PHONY: quickstart test lint setup
+.PHONY: quickstart test lint setup perf gpu-check
 setup: .venv/ready
 
 .venv/ready: requirements/cpu.txt requirements/cuda.txt requirements/rollout-cpu.txt pyproject.toml setup.py requirements/install.sh
@@ -13,7 +14,15 @@ quickstart: setup
 	@NPROC=$(NPROC) $(BIN)/python examples/quickstart.py
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --durations=15 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 tests
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+perf: setup
+	$(BIN)/python -m pytest -q -p no:cacheprovider perf/bench_*.py
+	$(BIN)/python perf/table.py
+
+# Needs no network and no `make setup`: without a .venv it takes $(PYTHON) and what that has.
+gpu-check:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) perf/gpu_check.py $(if $(PARTS),--parts $(PARTS)) $(if $(OUTPUT),--output $(OUTPUT))

@@ -19,3 +19,8 @@ _SITE = Path(_HERE).parent / "umer1/rl/engines/child_site"
 _spec = importlib.util.spec_from_file_location("child_site", _SITE / "sitecustomize.py")
 _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, str(_SITE), os.environ.get("PYTHONPATH", "")]))
+
+
+def pytest_collection_modifyitems(items):
+    """The folder with the longest tests first: begun last, they would keep one process busy while the others idle."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
