@@ -1,0 +1,239 @@
+"""Everything that needs a GPU, in at most ten minutes and without a network: build, tests, suites, training steps.
+
+    make gpu-check        or        python3 perf/gpu_check.py [--parts build tests infonce ...] [--output perf/results]
+
+Parts run one after the other, each in a process of its own with a time limit of its own, so that one that fails or
+hangs does not end the others; what a part has measured until then is kept.  The checkout is used as it is: the
+extension is built in place, and nothing is installed.  Ends with a table, and with status 1 when a part failed or a
+correctness part (build, tests) did not run to its end; a measurement that was not made is a line of the table.
+
+Writes OUTPUT/*.json, OUTPUT/gpu_check.log (all that the parts printed) and, when it goes to perf/results,
+perf/README.md.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "perf" / "results"
+LINKS = ROOT / "build" / "gpu_check"
+TOTAL_SECONDS = 590.0
+GRACE_SECONDS = 5.0
+TRAINING = ("torch", "numpy", "megatron.core", "transformers", "tokenizers", "safetensors", "PIL", "yaml")
+SUITES = ("torch", "numpy", "pytest", "pytest_benchmark")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One child process."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float  # seconds
+    needs: tuple[str, ...]  # import names
+    correctness: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a part."""
+
+    name: str
+    status: str  # passed, failed, timed out, not run
+    seconds: float = 0.0
+    note: str = ""
+
+
+def suite(name: str, limit: float) -> Part:
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--sizes", "gpu", f"perf/bench_{name}.py")
+    needs = SUITES + (("megatron.core",) if name == "linear_cross_entropy" else ())
+    return Part(name=name, command=(*command, "--results", "{output}"), limit=limit, needs=needs)
+
+
+def all_parts() -> list[Part]:
+    """In the order that they run in: what is right first, then what is fast."""
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/kernels")
+    if _found("xdist"):
+        tests += ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile")
+    build = ("setup.py", "build_ext", "--inplace")
+    return [
+        Part(
+            name="build",
+            command=build,
+            limit=150,
+            needs=("torch", "setuptools"),
+            correctness=True,
+            environment=(("UMER1_CUDA", "1"),),
+        ),
+        Part(
+            name="tests",
+            command=tests,
+            limit=200,
+            needs=("torch", "triton", "pytest", "megatron.core"),
+            correctness=True,
+        ),
+        suite("infonce", 130),
+        suite("rank_margin", 45),
+        suite("gather_hidden", 45),
+        suite("linear_cross_entropy", 70),
+        Part(name="step_sft", command=("perf/step_sft.py", "--results", "{output}"), limit=110, needs=TRAINING),
+        Part(name="step_grpo", command=("perf/step_grpo.py", "--results", "{output}"), limit=110, needs=TRAINING),
+    ]
+
+
+def gpu_problem() -> str | None:
+    """Why there is nothing to check here, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return f"{sys.executable} has no torch"
+    import torch
+
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    """Those of the import names that cannot be found."""
+    return [name for name in names if not _found(name)]
+
+
+def _found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
+
+
+def import_path() -> str:
+    """PYTHONPATH with the checkout and, where umer1 is not installed, the name that its kernels are imported by."""
+    places = [str(ROOT)]
+    if not _found("umer1_kernels"):
+        LINKS.mkdir(parents=True, exist_ok=True)
+        link = LINKS / "umer1_kernels"
+        if not link.exists():
+            link.symlink_to(ROOT / "kernels", target_is_directory=True)
+        places.append(str(LINKS))
+    return os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) -> Outcome:
+    """Run it in a process group of its own, which is ended at the limit."""
+    command = [sys.executable, *(word.format(output=output) for word in part.command)]
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
+    log.write(f"\n===== {part.name}: {' '.join(part.command)}\n".encode())
+    log.flush()
+    start_of_log, started = log.tell(), time.monotonic()
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        code: int | None = child.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        _end_group(child)
+    seconds = time.monotonic() - started
+    note = _last_line(Path(log.name), start_of_log)
+    if code is None:
+        return Outcome(name=part.name, status="timed out", seconds=seconds, note=f"after {limit:.0f} s; {note}")
+    return Outcome(name=part.name, status="passed" if code == 0 else "failed", seconds=seconds, note=note)
+
+
+def _end_group(child: subprocess.Popen) -> None:
+    """The part and whatever it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
+
+
+def _last_line(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:110] if lines else "printed nothing"
+
+
+def run_parts(parts: Sequence[Part], output: Path, total: float = TOTAL_SECONDS) -> list[Outcome]:
+    """All parts, in order; together no longer than `total` seconds."""
+    output.mkdir(parents=True, exist_ok=True)
+    deadline, path, found = time.monotonic() + total, import_path(), []
+    with (output / "gpu_check.log").open("wb") as log:
+        for part in parts:
+            limit = min(part.limit, deadline - time.monotonic())
+            absent = missing(part.needs)
+            if absent:
+                outcome = Outcome(name=part.name, status="not run", note=f"missing: {', '.join(absent)}")
+            elif limit < 1:
+                outcome = Outcome(name=part.name, status="not run", note="no time left")
+            else:
+                print(f"{part.name} (at most {limit:.0f} s) ...", flush=True)
+                outcome = run_part(part, limit, log, path, output)
+            found.append(outcome)
+            print(f"{part.name}: {outcome.status}, {outcome.seconds:.0f} s: {outcome.note}", flush=True)
+    return found
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The table at the end."""
+    lines = [f"{'part':22s} {'result':10s} {'seconds':>7s}  last words"]
+    lines += [f"{each.name:22s} {each.status:10s} {each.seconds:7.0f}  {each.note}" for each in outcomes]
+    return "\n".join(lines)
+
+
+def exit_code(parts: Sequence[Part], outcomes: Sequence[Outcome]) -> int:
+    """1 when a part failed or a correctness part did not pass."""
+    status = {each.name: each.status for each in outcomes}
+    wrong = [part for part in parts if part.correctness and status[part.name] != "passed"]
+    return int(bool(wrong) or "failed" in status.values())
+
+
+def report_missing(parts: Sequence[Part]) -> None:
+    """One line for each package that is not there."""
+    wanted = dict.fromkeys(name for part in parts for name in part.needs)
+    for name in missing(list(wanted)):
+        users = ", ".join(part.name for part in parts if name in part.needs)
+        print(f"missing: {name} (needed by {users}); put it on PYTHONPATH or install it")
+    for name in missing(["transformer_engine", "liger_kernel", "cut_cross_entropy", "inf_cl"]):
+        print(f"not installed: {name}; what is compared with it stays not measured")
+
+
+def main() -> int:
+    parts = all_parts()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=[part.name for part in parts], help="default: all")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if problem := gpu_problem():
+        print(f"gpu-check: {problem}; nothing was done", file=sys.stderr)
+        return 1
+    parts = [part for part in parts if options.parts is None or part.name in options.parts]
+    report_missing(parts)
+    output = options.output.resolve()
+    outcomes = run_parts(parts, output)
+    (output / "gpu_check.json").write_text(json.dumps([vars(each) for each in outcomes], indent=2) + "\n")
+    if output == RESULTS and not missing(["matplotlib"]):
+        subprocess.run(
+            [sys.executable, "perf/table.py"], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": import_path()}
+        )
+    print(summary(outcomes))
+    return exit_code(parts, outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
