@@ -26,7 +26,7 @@ from umer1.rl.types import EngineDied, RolloutEngine
 # A rank that is stuck this long after the time-out cannot be talked to any more: its process ends.
 GRACE_SECONDS = 60.0
 # The same for engines that may only just be starting; longer than they give themselves.
-READY_SECONDS = 1000.0
+READY_SECONDS = 570.0
 EXIT_STATUS = 70
 
 

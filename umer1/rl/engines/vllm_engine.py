@@ -31,7 +31,9 @@ from umer1.rl.types import Completion, EngineDied, Interrupted, Request, Samplin
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 900.0  # a 2B model on a GPU measures its memory and captures graphs: minutes on a cold machine
+# A 2B model on a GPU measures its memory and captures graphs: minutes on a cold machine.  The other ranks wait in a
+# collective meanwhile, which by default gives up after ten.
+START_SECONDS = 540.0
 _ANSWER_SECONDS = 120.0  # for a command that is no work
 _TICK_SECONDS = 0.2  # between looks at `stop`
 _CANCEL_SECONDS = 60.0  # the engine's step under way is finished first
