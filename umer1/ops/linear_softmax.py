@@ -79,6 +79,12 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.float() @ right.float()
 
 
+def operand_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """What the gradients' products are made from: the inputs' dtype for tensor cores; on CPU nothing is rounded to it,
+    for `product` would only turn it back."""
+    return hidden.dtype if hidden.device.type == "cuda" else accumulation_dtype(hidden.dtype)
+
+
 def logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     """[R, c] of rows [R, H] and columns [c, H], a new tensor that the caller may overwrite."""
     block = product(hidden, weight.t())
@@ -160,8 +166,7 @@ def gradients(
     factor = upstream / temperature
     # At most 1: the rows times their factor stay in fp16's range, and the block takes `peak` back in fp32.
     peak = factor.abs().amax().clamp(min=torch.finfo(dtype).tiny) if len(hidden) else factor.sum()
-    # Low-precision operands are for tensor cores; on CPU `product` would only turn them back.
-    operand = hidden.dtype if hidden.device.type == "cuda" else dtype
+    operand = operand_dtype(hidden)
     scaled = (hidden * (factor / peak)[:, None]).to(operand) if need_weight else None
     hidden_gradient = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     weight_gradient = torch.zeros_like(weight) if need_weight else None
