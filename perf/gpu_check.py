@@ -80,7 +80,7 @@ def all_parts() -> list[Part]:
             name="tests",
             command=tests,
             limit=200,
-            needs=("torch", "triton", "pytest", "megatron.core"),
+            needs=("torch", "triton", "pytest"),
             correctness=True,
         ),
         suite("infonce", 130),

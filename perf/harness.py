@@ -86,7 +86,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # ------------------------------------------------------------------------------------------------------------- time
 
 
-def device_seconds(call: Callable[[], Any], *, budget: float = 0.3, least: int = 5, most: int = 100) -> list[float]:
+def device_seconds(call: Callable[[], Any], *, budget: float = 0.3, least: int = 3, most: int = 100) -> list[float]:
     """Seconds of each call on the CUDA device, the L2 cache overwritten before each; about `budget` seconds of them."""
     cold = torch.empty(_COLD_BYTES, dtype=torch.int8, device=device.device())
 
@@ -219,11 +219,12 @@ def measured(
     reference: Results | None,
     cost: Cost,
     ceilings: Mapping[str, float],
-    timer: Callable[[Callable[[], Any]], list[float]],
+    timer: Callable[[Callable[[], Any], float], list[float]],
 ) -> dict[str, Any]:
     """What `rows` of a record hold about one provider on one set of inputs, besides the shape.
 
-    timer: wall seconds of each of several calls.  A failure of a provider that is not ours is a line of the record.
+    timer: (call, about how many seconds it takes) -> wall seconds of each of several calls.  A failure of a provider
+    that is not ours is a line of the record.
     """
     row: dict[str, Any] = {"provider": provider.name, "ours": provider.ours}
     if (obstacle := provider.obstacle(inputs)) is not None:
@@ -250,8 +251,9 @@ def _run(call: Callable[[], Results], reference: Results | None, timer: Callable
         found["errors"] = errors(results, reference)
         found["error"] = worst(found["errors"])
     del results
+    started = time.perf_counter()
     found["peak_bytes"] = peak_bytes(call)
-    found["wall_seconds"] = quantiles(timer(call))
+    found["wall_seconds"] = quantiles(timer(call, time.perf_counter() - started))
     found["seconds"] = quantiles(device_seconds(call)) if device.has_cuda() else found["wall_seconds"]
     return found
 

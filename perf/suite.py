@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Cost, Provider, Results, dtype_name, errors, measure_ceilings, measured, wall_seconds
+from harness import Cost, Provider, Results, dtype_name, errors, measure_ceilings, measured
 from provenance import new_record, save_record
 
 from umer1 import device
@@ -93,8 +93,7 @@ class Session:
             self.record["ceilings"] = measure_ceilings(tuple(dtypes | {torch.float32}))
         inputs, reference = self.inputs(case)
 
-        def timer(call: Callable[[], Any]) -> list[float]:
-            (once,) = wall_seconds(call, 1)
+        def timer(call: Callable[[], Any], once: float) -> list[float]:
             rounds = min(30, max(case.least_rounds, math.ceil(1.0 / max(once, 1e-6))))
 
             def run() -> None:

@@ -20,7 +20,7 @@ COST = Cost(flops=2e9, bytes=4e6, dtype=torch.float32)
 
 def run(provider: Provider, reference=None) -> dict:
     inputs = torch.ones(8)
-    return measured(provider, inputs, reference, COST, CEILINGS, lambda call: wall_seconds(call, 3))
+    return measured(provider, inputs, reference, COST, CEILINGS, lambda call, once: wall_seconds(call, 3))
 
 
 def failing(error: Exception) -> Provider:
