@@ -5,7 +5,6 @@ term takes a RewardInputs, one side of one comparison set, and returns fp32 [N *
 form: `module:function` in the configuration.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,23 +12,12 @@ from functools import cached_property
 import torch
 
 from umer1.data.prompts import has_format
-
-# Elements of the fp64 products of one chunk of rows: 128 MiB.
-CHUNK_ELEMENTS = 1 << 24
+from umer1.ops.rank_margin_reward import rank_margin_reward
 
 
 def format_reward(responses: list[str]) -> torch.Tensor:
     """fp32 [R]: 1 where `<think>.*?</think>.*?<answer>.*?<gen_emb>` (dot matches newline) is found, else 0."""
     return torch.tensor([float(has_format(response)) for response in responses], dtype=torch.float32)
-
-
-def _similarities(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Dot products fp64 [r, M] of [r, D] and [M, D], each summed in the same order wherever it stands.
-
-    A matrix product adds up in an order that depends on the position in the matrix, so that equal columns would not
-    always have equal similarities, and a tie would be broken by round-off instead of by index.
-    """
-    return (rows[:, None, :] * columns[None, :, :]).sum(-1)
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -55,43 +43,16 @@ def embedding_reward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(reward, ranking, margin), each [N * G], of the query side's rollouts; for the other side swap the roles.
 
-    query_embeddings, target_embeddings: [N * G, D] in group order, compared by dot product as they are given (callers
-    normalise).  With S+ a rollout's similarities to its own pair's G targets and S- those to all other targets:
-
-        ranking = |S+ ∩ top_G(S+ ∪ S-)| / G     margin = mean(S+) - mean(S-)     reward = ranking * margin
-
-    Equal similarities rank in the order of the targets' rows.
-    query_valid, target_valid: bool [N * G], None for all.  A target that is not valid leaves S+ and S-, and G becomes
-    the number of valid S+; a query rollout that is not valid, or has no valid S+, gets 0, 0, 0; without any valid S-
-    the margin is mean(S+).  target_ids: int [N]; pairs of equal ids are no negatives of each other (None: all are).
-    Sums are fp64; the results are fp64 for fp64 embeddings, else fp32.
+    `umer1.ops.rank_margin_reward`, which has the definition: fp64 sums on the CPU, the Triton kernels' fp32 on CUDA.
     """
-    _check(query_embeddings, target_embeddings, num_generations)
-    queries, targets = query_embeddings.detach().double(), target_embeddings.detach().double()
-    count, device = len(queries), queries.device
-    groups = torch.arange(count, device=device) // num_generations
-    everyone = torch.ones(count, dtype=torch.bool, device=device)
-    query_valid = everyone if query_valid is None else query_valid.to(device, torch.bool)
-    target_valid = everyone if target_valid is None else target_valid.to(device, torch.bool)
-    ids = groups if target_ids is None else target_ids.to(device)[groups]
-
-    rankings, margins = queries.new_zeros(count), queries.new_zeros(count)
-    rows = max(1, CHUNK_ELEMENTS // max(1, targets.numel()))
-    for start in range(0, count, rows):
-        chunk = slice(start, start + rows)
-        similarity = _similarities(queries[chunk], targets)
-        own = (groups[chunk, None] == groups) & target_valid
-        other = (ids[chunk, None] != ids) & target_valid
-        num_own = own.sum(1)
-        # Stable: equal similarities stay in index order.
-        order = similarity.masked_fill(~(own | other), -math.inf).sort(dim=1, descending=True, stable=True).indices
-        at_top = torch.arange(count, device=device) < num_own[:, None]
-        hits = (own.gather(1, order) & at_top).sum(1)
-        scored = query_valid[chunk] & (num_own > 0)
-        rankings[chunk] = torch.where(scored, hits / num_own.clamp(min=1).double(), 0.0)
-        margins[chunk] = torch.where(scored, _mean(similarity, own) - _mean(similarity, other), 0.0)
-    dtype = torch.float64 if query_embeddings.dtype == torch.float64 else torch.float32
-    return (rankings * margins).to(dtype), rankings.to(dtype), margins.to(dtype)
+    return rank_margin_reward(
+        query_embeddings,
+        target_embeddings,
+        num_generations,
+        query_valid=query_valid,
+        target_valid=target_valid,
+        target_ids=target_ids,
+    )
 
 
 def threshold_share(
