@@ -3,7 +3,8 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
+
+from umer1.ops.gather_hidden import gather_hidden
 
 MissingGenEmb = Literal["append", "disc", "error"]
 """What to do with a response that has no <gen_emb>: close it with one and read there, read <disc_emb>, or stop."""
@@ -12,10 +13,12 @@ MissingGenEmb = Literal["append", "disc", "error"]
 def read_embedding(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Embeddings at token rows: fp32 [S, H], L2-normalised.
 
-    `hidden` [T, H] are last-layer states after the final norm, `rows` int64 [S].  fp32: at temperature 0.02 a bf16
-    cosine is off by up to 0.2 in the logits.
+    `hidden` [T, H] are last-layer states after the final norm, `rows` int64 [S], of which there may be none.  fp32: at
+    temperature 0.02 a bf16 cosine is off by up to 0.2 in the logits.
     """
-    return F.normalize(hidden.index_select(0, rows).float(), dim=-1)
+    if rows.numel() == 0:
+        return hidden[:0].float()
+    return gather_hidden(hidden, rows, l2_normalize=True).float()
 
 
 def last_index(ids: torch.Tensor, token_id: int) -> int:
