@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) 
     """Run it in a process group of its own, which is ended at the limit."""
     command = [sys.executable, *(word.format(output=output) for word in part.command)]
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
-    log.write(f"\n===== {part.name}: {' '.join(part.command)}\n".encode())
+    log.write(f"\n===== {part.name}: {shlex.join(command[1:])}\n".encode())
     log.flush()
     start_of_log, started = log.tell(), time.monotonic()
     child = subprocess.Popen(

@@ -85,6 +85,7 @@ def new_record(suite: str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **commit(),
         "machine": describe_machine(),
+        "load_average": round(os.getloadavg()[0], 1),
         "versions": versions(),
         "rows": [],
     }

@@ -39,8 +39,9 @@ pytest perf/bench_infonce.py                       # one suite at the sizes of t
 pytest perf/bench_*.py --sizes tiny --benchmark-disable   # each provider once, checked against fp64
 ```
 
-Median of several calls; on a GPU by events with a cold L2 cache, without one wall time. Memory: what a call takes at
-its peak above its inputs, results included; on a GPU from the allocator, elsewhere from the process's resident memory.
+Time: median of several calls, and the best of them (on a CPU that others use too, the better guide); on a GPU by events
+with a cold L2 cache, elsewhere wall time. Memory: what a call takes at its peak above its inputs, results included; on
+a GPU from the allocator, elsewhere from the process's resident memory.
 Error: the largest relative error (Frobenius norm) of the results against fp64 on the same inputs. Floor: the larger of
 arithmetic at the measured rate of a large matrix product, bytes at that of a large copy, and the time of an empty
 call; "of floor" is floor / median. TFLOP/s and GB/s count the least work, the same for every provider.
@@ -121,7 +122,7 @@ def median(row: dict[str, Any]) -> float:
 def suite_section(record: dict[str, Any]) -> str:
     """Markdown of one suite on one machine."""
     suite = record["suite"]
-    columns = ("provider", "time", "speed", "memory", "error", "TFLOP/s", "GB/s", "of floor")
+    columns = ("provider", "time", "best", "speed", "memory", "error", "TFLOP/s", "GB/s", "of floor")
     lines = [f"### {TITLES[suite]}", "", COUNTED[suite], ""]
     missing: dict[str, set[str]] = {}
     for key, rows in blocks(record).items():
@@ -148,6 +149,7 @@ def _row_text(row: dict[str, Any], first: dict[str, Any]) -> str:
     cells = [
         name,
         seconds_text(median(row)),
+        seconds_text(row["seconds"]["best"]),
         f"{median(first) / median(row):.2f}x",
         bytes_text(row["peak_bytes"]),
         f"{row['error']:.1e}" if "error" in row else NOT_MEASURED,
@@ -199,7 +201,8 @@ def machine_section(records: list[dict[str, Any]], plots: str) -> str:
             for name, value in sorted(ceilings.items())
             if name.startswith("matmul_")
         ]
-        measured = f" Ceilings measured in this run: {', '.join(rates)}." if rates else ""
+        measured = f" Load average at the start: {record['load_average']}."
+        measured += f" Ceilings measured in this run: {', '.join(rates)}." if rates else ""
         lines += [f"`{record['command']}` at {record['commit'][:12]}{changed}, {record['date']}.{measured}", ""]
     return "\n".join(lines)
 

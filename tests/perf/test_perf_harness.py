@@ -38,7 +38,7 @@ def test_floor_is_the_largest_of_its_parts():
 
 def test_quantiles():
     found = quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 100.0])
-    assert found == {"median": 3.5, "low": 2.0, "high": 5.0, "rounds": 6}
+    assert found == {"median": 3.5, "best": 1.0, "low": 2.0, "high": 5.0, "rounds": 6}
 
 
 def test_errors_are_relative_and_nan_is_the_worst():
