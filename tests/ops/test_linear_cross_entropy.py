@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umer1.errors import UserError
-from umer1.ops import linear_cross_entropy as door
 from umer1.ops import linear_softmax
 from umer1.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from umer1.testing import assert_close, run_distributed
@@ -57,7 +56,7 @@ def make_case(seed: int) -> dict:
         "scale": scale * draw.choice([1.0, 1e-6]),
         "temperature": draw.choice([1.0, 0.6, 2.5]),
         "vocab_size": vocab_size,
-        "block_bytes": draw.choice([1, door.BLOCK_BYTES]),
+        "block_bytes": draw.choice([1, None]),
     }
 
 
@@ -80,9 +79,9 @@ def check_case(seed: int) -> None:
     (logprobs * scale.to(dtype)).sum().backward()
     results = {"logprobs": logprobs, "entropy": entropy, "d_hidden": own[0].grad, "d_weight": own[1].grad}
     own = leaves(hidden, weight)
-    total, losses = linear_cross_entropy(*own, labels, row_weights=-scale, **options)
+    total, losses = linear_cross_entropy(*own, labels, row_weights=-scale, block_bytes=case["block_bytes"], **options)
     total.backward()
-    results |= {"losses": -losses, "kept d_hidden": own[0].grad, "kept d_weight": own[1].grad}
+    results |= {"losses": -losses, "loss's d_hidden": own[0].grad, "loss's d_weight": own[1].grad}
     assert logprobs.dtype == entropy.dtype == losses.dtype == total.dtype == dtype
     assert own[0].grad.dtype == own[1].grad.dtype == hidden.dtype
     # Logits carry round-off in proportion to the largest; sums over rows or tokens add to it.
@@ -92,7 +91,7 @@ def check_case(seed: int) -> None:
     )
     rows_scale = float(scale.abs().max()) * max(float(hidden.abs().max()), float(weight.abs().max()), 1.0)
     for name, got in results.items():
-        key = name.removeprefix("kept ").replace("losses", "logprobs")
+        key = name.removeprefix("loss's ").replace("losses", "logprobs")
         error, its = (float((tensor.double() - true[key]).detach().norm()) for tensor in (got, same[key]))
         floor = roundings * (rows_scale if key.startswith("d_") else 1.0) * got.numel() ** 0.5
         if got.dtype != dtype:  # roundings of operand and result, and the step of subnormal numbers
@@ -137,15 +136,13 @@ def test_gradient_by_finite_differences():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_cross_entropy_kept_and_made_again(monkeypatch, keep):
+def test_cross_entropy_kept_and_made_again(keep):
     """Both forms equal torch's mean, and a gradient above the scalar scales what the forward made."""
-    monkeypatch.setattr(door, "KEEP_BYTES", door.KEEP_BYTES if keep else 0)
-    monkeypatch.setattr(door, "BLOCK_BYTES", 1)
     hidden, weight, labels, _ = make(tokens=1300)
     want_leaves, own = leaves(hidden, weight), leaves(hidden, weight)
     want = torch.nn.functional.cross_entropy(want_leaves[0] @ want_leaves[1].T, labels)
     (3 * want).backward()
-    total, losses = linear_cross_entropy(*own, labels)
+    total, losses = linear_cross_entropy(*own, labels, block_bytes=None if keep else 1)
     assert ("Kept" in type(total.grad_fn).__name__) == keep and not losses.requires_grad
     (3 * total).backward(retain_graph=True)
     assert_close("loss", total, want, rtol=1e-12)
@@ -208,7 +205,7 @@ def test_not_finite_stays_not_finite(bad, place):
         assert torch.isfinite(got).sum() == 10
 
 
-def ranks_equal_one_process(cases: list[tuple[int, int, torch.dtype]]) -> bool:
+def ranks_equal_one_process(cases: list[tuple[int, int | None, torch.dtype]]) -> bool:
     """This rank's shard of each vocabulary against the whole one; the last ranks may hold padding alone."""
     world, rank = dist.get_world_size(), dist.get_rank()
     for tokens, block_bytes, dtype in cases:
@@ -227,7 +224,7 @@ def ranks_equal_one_process(cases: list[tuple[int, int, torch.dtype]]) -> bool:
         got, entropy = linear_logprobs(*own, labels, entropy=True, block_bytes=block_bytes, **options)
         (got * scale).sum().backward()
         kept = leaves(hidden, padded[mine])
-        total, losses = linear_cross_entropy(*kept, labels, row_weights=-scale, **options)
+        total, losses = linear_cross_entropy(*kept, labels, row_weights=-scale, block_bytes=block_bytes, **options)
         total.backward()
         loose = 1e-10 if dtype == torch.float64 else 1e-5
         assert_close(f"log-probs, {name}", got, want, rtol=loose)
@@ -250,7 +247,7 @@ def ranks_equal_one_process(cases: list[tuple[int, int, torch.dtype]]) -> bool:
 @pytest.mark.parametrize("world", [2, 4])
 def test_vocabulary_over_ranks(world):
     dtypes = (torch.float64, torch.float32, torch.bfloat16)
-    cases = [(tokens, block, dtype) for tokens in (1, 5, 4001) for block in (1, 1 << 28) for dtype in dtypes]
+    cases = [(tokens, block, dtype) for tokens in (1, 5, 4001) for block in (1, None) for dtype in dtypes]
     assert run_distributed(ranks_equal_one_process, world, cases) == [True] * world
 
 
@@ -283,14 +280,12 @@ def most_alive(run, rows: int, tokens: int, width: int = 8) -> int:
     return alive.most
 
 
-def test_memory_is_blocks_and_gradients(monkeypatch):
+def test_memory_is_blocks_and_gradients():
     """At 8,192 tokens and 512 rows logits are 16 MiB: plain torch holds several, these a few blocks of 1 MiB."""
     rows, tokens, block = 512, 8192, 1 << 20
-    monkeypatch.setattr(door, "KEEP_BYTES", 0)
-    monkeypatch.setattr(door, "BLOCK_BYTES", block)
     eager = most_alive(lambda h, w, y: torch.nn.functional.cross_entropy(h @ w.T, y), rows, tokens)
     logprobs = most_alive(lambda h, w, y: linear_logprobs(h, w, y, block_bytes=block)[0].sum(), rows, tokens)
-    loss = most_alive(lambda h, w, y: linear_cross_entropy(h, w, y)[0], rows, tokens)
+    loss = most_alive(lambda h, w, y: linear_cross_entropy(h, w, y, block_bytes=block)[0], rows, tokens)
     gradients = 4 * 8 * (2 * tokens + 4 * rows)
     assert eager >= 3 * rows * tokens * 4  # what the measure says of the plain way
     assert logprobs <= 3 * block + gradients and loss <= 3 * block + gradients
@@ -317,8 +312,9 @@ def test_what_is_refused():
         for op in (linear_logprobs, linear_cross_entropy):
             with pytest.raises(ValueError, match=message):
                 op(*arguments, **options)
-    with pytest.raises(ValueError, match="block_bytes=0"):
-        linear_logprobs(hidden, weight, labels, block_bytes=0)
+    for op in (linear_logprobs, linear_cross_entropy):
+        with pytest.raises(ValueError, match="block_bytes=0"):
+            op(hidden, weight, labels, block_bytes=0)
     for row_weights in (scale[:5], scale.clone().requires_grad_()):
         with pytest.raises(ValueError, match="row_weights"):
             linear_cross_entropy(hidden, weight, labels, row_weights=row_weights)

@@ -7,8 +7,8 @@ With z = h W^T / temperature over the whole vocabulary of V tokens and y the row
 
 The weight is cut over a tensor-parallel group by vocabulary (Megatron-LM, Shoeybi et al. 2019, section 3): every rank
 has the same rows, its own V_local columns, and the same results.  Logits exist one block of columns at a time, in
-fp32, and are made again for backward: 4 matrix products of 2 R H V_local FLOPs.  Where all of them fit into KEEP_BYTES
-and the weights of the losses are known before (linear_cross_entropy), the gradient is made in the forward: 3 products.
+fp32, and are made again for backward: 4 matrix products of 2 R H V_local FLOPs.  Where all of them are one block and
+the weights of the losses are known before (linear_cross_entropy), the gradient is made in the forward: 3 products.
 """
 
 import math
@@ -18,11 +18,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from umer1.ops.dispatch import Impl, choose
-from umer1.ops.linear_softmax import BLOCK_BYTES, Shard, accumulation_dtype, gradients, statistics
+from umer1.ops.linear_softmax import Shard, accumulation_dtype, default_block_bytes, gradients, statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# All of a rank's logits are kept, and their product made once, up to this size: 883 rows of 151,936 columns in fp32.
-KEEP_BYTES = 1 << 29
 
 
 class _LogProbs(torch.autograd.Function):
@@ -61,9 +59,9 @@ class _KeptCrossEntropy(torch.autograd.Function):
     """(weighted sum of the losses, losses) of logits that are one block; backward scales what the forward made."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, row_weights, shard: Shard, temperature: float):
+    def forward(ctx, hidden, weight, row_weights, shard: Shard, temperature: float, block_bytes: int):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        found, exponentials = statistics(hidden, weight, shard, temperature, block_bytes=KEEP_BYTES)
+        found, exponentials = statistics(hidden, weight, shard, temperature, block_bytes=block_bytes)
         losses = -found.logprobs()
         ctx.gradients = gradients(
             hidden,
@@ -74,8 +72,8 @@ class _KeptCrossEntropy(torch.autograd.Function):
             row_weights,
             need_hidden=need_hidden,
             need_weight=need_weight,
+            block_bytes=block_bytes,
             exponentials=exponentials,
-            block_bytes=KEEP_BYTES,
         )
         ctx.mark_non_differentiable(losses)
         return torch.dot(losses, row_weights), losses
@@ -83,7 +81,7 @@ class _KeptCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        return *(None if made is None else made * upstream for made in ctx.gradients), None, None, None
+        return *(None if made is None else made * upstream for made in ctx.gradients), None, None, None, None
 
 
 def linear_logprobs(
@@ -95,7 +93,7 @@ def linear_logprobs(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     entropy: bool = False,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(log-probs [R], entropy [R] in nats or None): log softmax(h W^T / temperature) at each row's label.
@@ -105,7 +103,8 @@ def linear_logprobs(
     the weight; rows of the weight from there on are padding, take no part and get a gradient of zero.
     group: the ranks that share the vocabulary in rank order, with equal V_local.  All of them call this with the same
     rows and labels and run backward with the same gradient; the gradient of `hidden` comes complete on every rank.
-    block_bytes: size of one block of logits, the memory this takes beside gradients and a few [R, H].
+    block_bytes: size of one block of logits, None for the device's default; one to three of them, gradients and a few
+    [R, H] are the memory this takes.
 
     Results are fp32 (fp64 of fp64), products accumulate in that and logits are never rounded to less; the entropy
     carries no gradient.  R may be 0: empty results, and a weight's gradient of zero.  NaN or infinity in a row makes
@@ -114,8 +113,7 @@ def linear_logprobs(
     ValueError: shapes, dtypes, temperature not above 0, a vocabulary that the weight cannot hold.
     """
     shard = _check(hidden, weight, labels, temperature, vocab_size, group, impl)
-    if block_bytes < 1:
-        raise ValueError(f"block_bytes={block_bytes} must be above 0, e.g. {BLOCK_BYTES}")
+    block_bytes = _block_bytes(block_bytes, hidden.device)
     return _LogProbs.apply(hidden, weight, shard, float(temperature), entropy, block_bytes)
 
 
@@ -128,6 +126,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    block_bytes: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum_i row_weights_i * loss_i, a scalar to run backward from; the losses [R], which carry no gradient).
@@ -137,6 +136,7 @@ def linear_cross_entropy(
     Everything else is as in linear_logprobs.
     """
     shard = _check(hidden, weight, labels, temperature, vocab_size, group, impl)
+    block_bytes = _block_bytes(block_bytes, hidden.device)
     dtype = accumulation_dtype(hidden.dtype)
     if row_weights is None:
         row_weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=dtype, device=hidden.device)
@@ -146,10 +146,18 @@ def linear_cross_entropy(
         )
     row_weights = row_weights.to(dtype)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if learns and 0 < len(labels) * shard.columns * dtype.itemsize <= KEEP_BYTES:
-        return _KeptCrossEntropy.apply(hidden, weight, row_weights, shard, float(temperature))
-    logprobs, _ = _LogProbs.apply(hidden, weight, shard, float(temperature), False, BLOCK_BYTES)
+    # By the weight's rows and not the real ones among them: all ranks must run their collectives in the same pass.
+    if learns and len(labels) * len(weight) * dtype.itemsize <= block_bytes:
+        return _KeptCrossEntropy.apply(hidden, weight, row_weights, shard, float(temperature), block_bytes)
+    logprobs, _ = _LogProbs.apply(hidden, weight, shard, float(temperature), False, block_bytes)
     return -torch.dot(logprobs, row_weights), -logprobs.detach()
+
+
+def _block_bytes(asked: int | None, device: torch.device) -> int:
+    found = default_block_bytes(device) if asked is None else asked
+    if found < 1:
+        raise ValueError(f"block_bytes={found} must be above 0, e.g. {default_block_bytes(device)}")
+    return found
 
 
 def _check(hidden, weight, labels, temperature, vocab_size, group, impl) -> Shard:
