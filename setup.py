@@ -122,6 +122,8 @@ class Build(build_ext):
 
 
 def nvcc_command(extension: Extension, target: Path) -> list[str]:
+    cuda = [f"-L{folder}" for folder in extension.library_dirs]
+    cuda += ["-ltorch_cuda" for folder in extension.library_dirs if Path(folder, "libtorch_cuda.so").exists()]
     archs = sorted(int(arch) for arch in re.split(r"[\s,;]+", os.environ.get("UMER1_CUDA_ARCHS", "90").strip()))
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [
@@ -132,8 +134,7 @@ def nvcc_command(extension: Extension, target: Path) -> list[str]:
         *[f"-I{folder}" for folder in extension.include_dirs],
         *extension.sources,
         *["-o", str(target)],
-        *[f"-L{folder}" for folder in extension.library_dirs],
-        *["-Xlinker", "--no-as-needed", "-lc10", "-ltorch_cpu", "-ltorch"],
+        *["-Xlinker", "--no-as-needed", *cuda, "-lc10", "-ltorch_cpu", "-ltorch"],
     ]
 
 

@@ -463,7 +463,8 @@ std::tuple<Tensor, Tensor> scatter_rows(
       });
     });
   }
-  return {out, torch::stable::sum(parts, {{0}})};
+  const int64_t over_blocks[] = {0};
+  return {out, torch::stable::sum(parts, torch::headeronly::IntHeaderOnlyArrayRef(over_blocks, 1))};
 }
 
 }  // namespace

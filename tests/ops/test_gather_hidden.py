@@ -11,13 +11,15 @@ from umer1.ops import extension, gather_hidden_compiled
 from umer1.ops.gather_hidden import check_gathers, find_rows, gather_hidden, gather_hidden_at
 from umer1.testing import assert_close
 
-IMPLS = ("torch", "auto")  # on the CPU, auto is the compiled C++ form
+IMPLS = ("torch", "auto")  # auto is the compiled form, C++ on the CPU
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     assert extension.load_extension() is None, f"{extension.load_extension()}; run: pip install --no-deps -e ."
+    assert all(extension.extension_obstacle(torch.device(device)) is None for device in DEVICES)
     gather_hidden_compiled.register()
 
 
@@ -78,10 +80,11 @@ def random_case(seed: int):
     return hidden, index, weight, options, generator
 
 
-def check_case(seed: int) -> None:
+def check_case(seed: int, device: str) -> None:
     hidden, index, weight, options, generator = random_case(seed)
     cotangent = torch.randn(len(index), hidden.shape[-1], generator=generator, dtype=torch.float64)
-    cotangent = cotangent.to(hidden.dtype)  # the same numbers for every form
+    cotangent = cotangent.to(device, hidden.dtype)  # the same numbers for every form
+    hidden, index, weight = hidden.to(device), index.to(device), None if weight is None else weight.to(device)
     wide = None if weight is None else weight.double()
     exact = with_gradients(lambda h, w: plain(h, index, w, **options), hidden.double(), wide, cotangent)
     terms = magnitudes(hidden.double(), index, wide, cotangent=cotangent, **options)
@@ -103,15 +106,59 @@ def check_case(seed: int) -> None:
             error, allowed = ((other.double() - want).norm().item() for other in (value, usual[name]))
             floor = 2 * torch.finfo(value.dtype).eps * scale + torch.finfo(value.dtype).smallest_normal
             assert error <= 2 * allowed + floor, (
-                f"seed {seed} {impl} {name}: {error:.2e} from fp64, plain torch {allowed:.2e}, scale {scale:.2e}, "
-                f"{hidden.dtype} {tuple(hidden.shape)} -> {len(index)}, norm {weight is not None}, {options}"
+                f"seed {seed} {device} {impl} {name}: {error:.2e} from fp64, plain torch {allowed:.2e}, "
+                f"scale {scale:.2e}, {hidden.dtype} {tuple(hidden.shape)} -> {len(index)}, norm {weight is not None}, {options}"
             )
 
 
-def test_random_cases():
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_cases(device):
     first = random.SystemRandom().randrange(1 << 30)
     for seed in range(first, first + 500):
-        check_case(seed)
+        check_case(seed, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [16, 17])
+def test_long_runs_of_equal_indices_have_one_result(device, columns):
+    """Runs within, at and over the edges of what one block adds up: fp32 sums, the same bits every time."""
+    lengths = torch.tensor([1, 63, 64, 65, 1, 300, 127, 2])
+    generator = torch.Generator().manual_seed(columns)
+    index = torch.repeat_interleave(torch.tensor([9, 2, 7, 0, 1, 5, 3, 8]), lengths)
+    index = index[torch.randperm(len(index), generator=generator)].to(device)
+    hidden, weight = torch.randn(10, columns, generator=generator), torch.randn(columns, generator=generator)
+    cotangent = torch.randn(len(index), columns, generator=generator)
+    hidden, weight, cotangent = (part.to(device, torch.bfloat16) for part in (hidden, weight, cotangent))
+    for factor, l2_normalize in ((None, False), (weight, True)):
+
+        def gather(h, w, l2_normalize=l2_normalize):
+            return gather_hidden(h, index, norm_weight=w, l2_normalize=l2_normalize)
+
+        def exact(h, w, l2_normalize=l2_normalize):
+            return plain(h, index, w, 1e-6, l2_normalize)
+
+        first, again = (with_gradients(gather, hidden, factor, cotangent) for _ in range(2))
+        wide = None if factor is None else factor.double()
+        want = with_gradients(exact, hidden.double(), wide, cotangent)
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), name
+            # bf16 rounding of the normalised rows, where there are norms; without, of the result alone.
+            assert_close(name, value, want[name].cpu(), rtol=2**-6 if l2_normalize else 2**-8)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+@pytest.mark.parametrize("impl", ["cuda", "torch"])
+def test_cuda_lives_on_after_an_index_out_of_range(impl):
+    hidden = torch.ones(3, 8, device="cuda")
+    for index in ([0, 3], [-1, 0]):
+        rows = gather_hidden(hidden, torch.tensor(index, device="cuda"), impl=impl)
+        bad = torch.tensor([not 0 <= row < 3 for row in index], device="cuda")
+        assert torch.equal(rows.isnan().all(1), bad)
+        if impl == "cuda":
+            with pytest.raises(IndexError, match="out of range"):
+                check_gathers()
+        check_gathers()
+    assert gather_hidden(hidden, torch.tensor([2], device="cuda"), impl=impl).sum().item() == 8
 
 
 def test_hand_computed():
