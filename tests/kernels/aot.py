@@ -1,10 +1,10 @@
 """Compile every shipped form of every Triton kernel for GPUs that need not be there.
 
-    python tests/kernels/aot.py [--arch 90] [MODULE ...]
+    python tests/kernels/aot.py [--arch 80 90 100] [MODULE ...]
 
-Prints one JSON line per form: registers, stack bytes (where spills go), spill instructions, shared memory, and how many
-tensor-core and bulk-copy instructions the machine code has.  Runs in a process of its own: TRITON_INTERPRET must not be
-set when triton is imported.
+Prints one JSON line per form: registers, stack bytes (where spills go), spill instructions, shared memory, rows of the
+largest matrix product, how many tensor-core and bulk-copy instructions the machine code has, and seconds it took.
+Runs in a process of its own: TRITON_INTERPRET must not be set when triton is imported.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import pkgutil
 import re
 import subprocess
 import tempfile
+import time
 
 import triton
 import triton.backends.nvidia
@@ -23,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TOOLS = pathlib.Path(triton.backends.nvidia.__file__).parent / "bin"
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
+# HMMA: tensor cores of any GPU; HGMMA: Hopper's own; UTCHMMA: Blackwell's own; UTMALDG: bulk tensor copies;
+# LDGSTS: copies past the registers; LDL, STL: spilled registers.
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 
 
 def compiled(variant, arch: int):
@@ -48,7 +51,14 @@ def usage(kernel) -> dict[str, int]:
         code = _output("nvdisasm", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
     counts = {name: len(re.findall(rf"\b{name}(?![A-Z0-9])", code)) for name in INSTRUCTIONS}
-    return {"registers": int(registers), "stack": int(stack), "shared": kernel.metadata.shared, **counts}
+    products = re.findall(r"= tt\.dot .*-> tensor<(\d+)x", kernel.asm["ttir"])
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": kernel.metadata.shared,
+        "product_rows": max(map(int, products), default=0),
+        **counts,
+    }
 
 
 def _output(tool: str, *arguments: str) -> str:
@@ -64,13 +74,15 @@ def kernel_modules() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, default=90, help="compute capability, e.g. 80, 90, 100")
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
     parser.add_argument("modules", nargs="*", help="names under kernels/; all by default")
     arguments = parser.parse_args()
     for name in arguments.modules or kernel_modules():
-        for variant in importlib.import_module(f"umer1_kernels.{name}").variants(arguments.arch):
-            found = usage(compiled(variant, arguments.arch))
-            print(json.dumps({"module": name, "name": variant.name, "arch": arguments.arch, **found}), flush=True)
+        for arch in arguments.arch:
+            for variant in importlib.import_module(f"umer1_kernels.{name}").variants(arch):
+                began = time.monotonic()
+                found = usage(compiled(variant, arch)) | {"seconds": round(time.monotonic() - began, 1)}
+                print(json.dumps({"module": name, "name": variant.name, "arch": arch, **found}), flush=True)
 
 
 if __name__ == "__main__":
