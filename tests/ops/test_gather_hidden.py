@@ -107,7 +107,8 @@ def check_case(seed: int, device: str) -> None:
             floor = 2 * torch.finfo(value.dtype).eps * scale + torch.finfo(value.dtype).smallest_normal
             assert error <= 2 * allowed + floor, (
                 f"seed {seed} {device} {impl} {name}: {error:.2e} from fp64, plain torch {allowed:.2e}, "
-                f"scale {scale:.2e}, {hidden.dtype} {tuple(hidden.shape)} -> {len(index)}, norm {weight is not None}, {options}"
+                f"scale {scale:.2e}, {hidden.dtype} {tuple(hidden.shape)} -> {len(index)}, "
+                f"norm {weight is not None}, {options}"
             )
 
 
