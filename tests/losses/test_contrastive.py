@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from umer1.losses.contrastive import LossConfig, contrastive_gradients, gather_rows, infonce_reference, local_infonce
+from umer1.losses.contrastive import LossConfig, contrastive_gradients, infonce_reference, local_infonce
 from umer1.testing import assert_close, run_distributed
 
 TEMPERATURE = 0.05
@@ -112,8 +112,9 @@ def rank_share(world: int, equal: bool):
 
 def all_shares(world: int):
     """Both maskings, and ranks of which none has a row."""
-    empty = gather_rows(torch.zeros(0, 3), dist.group.WORLD)
-    assert empty.shape == (0, 3)
+    nothing = torch.zeros(1, 0, 3)
+    share = contrastive_gradients(nothing, 0, (1.0,), log_scale=torch.tensor(0.0), num_pairs=1, group=dist.group.WORLD)
+    assert share.embeddings.shape == (1, 0, 3) and share.losses.tolist() == [0.0] and not share.statistics.any()
     return rank_share(world, False) and rank_share(world, True)
 
 

@@ -4,10 +4,10 @@ The loss of the global batch of G pairs with M hard negatives, at temperature t 
 
     L = 1/(2G) sum_i [ -log softmax_j(q_i . [p; n]_j / t)_i  -  log softmax_j(p_i . q_j / t)_i ]
 
-Every rank computes the rows of its own pairs against the columns of all ranks.  The gather's backward SUMS the columns'
-gradients over the ranks, so the gradient at an embedding is that of the whole L: nothing is scaled by the world size,
-and nothing is detached.  `contrastive_gradients` returns it directly, which is what gradient caching needs and, with
-one micro-batch, what spares the second pass.
+Every rank computes the rows of its own pairs against the columns of all ranks (umer1/ops/infonce.py).  The columns'
+gradients are summed over the ranks, so the gradient at an embedding is that of the whole L: nothing is scaled by the
+world size, and nothing is detached.  `contrastive_gradients` returns it directly, which is what gradient caching needs
+and, with one micro-batch, what spares the second pass.
 """
 
 import math
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from umer1.ops.infonce import infonce_sums
 
 MAX_LOGIT_SCALE = 100.0  # of a learnt temperature, as CLIP has it
 
@@ -66,46 +68,6 @@ class LossConfig:
         return self.disc_weight, self.gen_weight, self.ce_weight
 
 
-class _GatherRows(torch.autograd.Function):
-    """[n_r, D] of every rank -> [sum n_r, D] in rank order; backward: the sum over ranks of this rank's slice."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, counts: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.counts, ctx.group = counts, group
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded, group=group)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        start = sum(ctx.counts[: dist.get_rank(ctx.group)])
-        return gradient[start : start + ctx.counts[dist.get_rank(ctx.group)]], None, None
-
-
-def gather_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
-    """This count on every rank of the group, in rank order."""
-    if group is None or dist.get_world_size(group) == 1:
-        return [count]
-    mine = torch.tensor([count], device=device)
-    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, mine, group=group)
-    return torch.cat(counts).tolist()
-
-
-def gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """All ranks' rows in rank order, with gradient; ranks may hold different numbers of rows."""
-    counts = gather_counts(len(rows), group, rows.device)
-    if len(counts) == 1:
-        return rows
-    if max(counts) == 0:
-        return rows
-    return _GatherRows.apply(rows, counts, group)
-
-
 def infonce_reference(
     query: torch.Tensor,
     positive: torch.Tensor,
@@ -127,22 +89,6 @@ def infonce_reference(
     return loss / 2
 
 
-def _rows_loss(rows, columns, labels, row_ids, column_ids, logit_scale):
-    """(sum of -log softmax at the label, similarities at the label, hits, sum and count of the other similarities)."""
-    similarity = rows @ columns.T
-    logits = similarity * logit_scale
-    own = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, labels[:, None], True)
-    others = ~own
-    if row_ids is not None:
-        others = others & (row_ids[:, None] != column_ids[None])
-        logits = logits.masked_fill(~(others | own), -math.inf)
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    with torch.no_grad():
-        hits = (logits.argmax(1) == labels).sum()
-        statistics = torch.stack([similarity[own].sum(), hits, similarity[others].sum(), others.sum()])
-    return loss, statistics
-
-
 def local_infonce(
     query: torch.Tensor,
     positive: torch.Tensor,
@@ -159,19 +105,16 @@ def local_infonce(
     num_pairs: G, the pairs that the loss is averaged over.  target_ids: int64 [B + m] to mask equal targets, or None.
     Returns (loss, statistics fp32 [4]: sum of positive similarities, recall@1 hits, sum and count of negatives).
     """
-    all_query, all_positive, all_negative = (gather_rows(rows, group) for rows in (query, positive, negative))
-    counts = gather_counts(len(query), group, query.device)
-    rank = dist.get_rank(group) if len(counts) > 1 else 0
-    labels = sum(counts[:rank]) + torch.arange(len(query), device=query.device)
-    own_ids = positive_ids = column_ids = None
-    if target_ids is not None:
-        own_ids = target_ids[: len(query)]
-        positive_ids = gather_rows(own_ids, group)
-        column_ids = torch.cat([positive_ids, gather_rows(target_ids[len(query) :], group)])
-    columns = torch.cat([all_positive, all_negative])
-    forward, statistics = _rows_loss(query, columns, labels, own_ids, column_ids, logit_scale)
-    backward, _ = _rows_loss(positive, all_query, labels, own_ids, positive_ids, logit_scale)
-    return (forward + backward) / (2 * num_pairs), statistics.float()
+    return infonce_sums(
+        query,
+        positive,
+        temperature=1 / logit_scale,
+        weight=1 / (2 * num_pairs),
+        negatives=negative,
+        query_ids=None if target_ids is None else target_ids[: len(query)],
+        key_ids=target_ids,
+        group=group,
+    )
 
 
 @dataclass(slots=True)
