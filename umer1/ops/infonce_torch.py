@@ -93,7 +93,7 @@ def sweep(
     statistics: negative_sum and negative_count are wanted.
     kept: filled with what `gradients` may take over.
     """
-    tile, scale, dtype = _tile_size(query), _scale(temperature), accumulator_dtype(query.dtype)
+    tile, scale = _tile_size(query), _scale(temperature)
     by_rows: dict[int, _Row] = {}
     by_columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     logits_buffer = exponentials = None
@@ -104,8 +104,8 @@ def sweep(
             r = slice(first, first + tile)
             rows = _operand(query[r])
             shape, size = (len(rows), len(keys)), len(rows) * len(keys)
-            if exponentials is None:  # the first tile is the largest
-                exponentials = torch.empty(size, dtype=dtype, device=query.device)
+            if exponentials is None:
+                exponentials = _tile_buffer(query, columns, tile)
             if kept is not None and kept.reserve(size, exponentials):
                 logits = kept.tiles[first, start] = exponentials.new_empty(shape)
             else:
@@ -162,7 +162,7 @@ def gradients(
 
     d loss / d log(1/t) is no output: it equals sum_i <q_i, d loss / d q_i> over all columns, since q enters as q/t.
     """
-    tile, scale, dtype = _tile_size(query), _scale(temperature), accumulator_dtype(query.dtype)
+    tile, scale = _tile_size(query), _scale(temperature)
     logits_buffer = probability_buffer = None
     for start in range(0, len(columns), tile):
         c = slice(start, start + tile)
@@ -176,14 +176,14 @@ def gradients(
                 logits = kept.tiles.pop((first, start))
             else:
                 if logits_buffer is None:
-                    logits_buffer = torch.empty(size, dtype=dtype, device=query.device)
+                    logits_buffer = _tile_buffer(query, columns, tile)
                 logits = _logits(rows, keys, scale, logits_buffer[:size].view(len(rows), len(keys)))
                 _leave_out(logits, _part(row_ids, r), _part(column_ids, c), place)
             if column_lse is None:
                 gradient = logits.sub_(row_lse[r, None]).exp_()
             else:
                 if probability_buffer is None:
-                    probability_buffer = torch.empty(size, dtype=dtype, device=query.device)
+                    probability_buffer = _tile_buffer(query, columns, tile)
                 gradient = probability_buffer[:size].view(len(rows), len(keys))
                 torch.sub(logits, row_lse[r, None], out=gradient).exp_()
                 gradient += logits.sub_(column_lse[None, c]).exp_()
@@ -273,6 +273,12 @@ def _maximum_and_sum(
 
 def _tile_size(like: torch.Tensor) -> int:
     return CPU_TILE if like.device.type == "cpu" else CUDA_TILE
+
+
+def _tile_buffer(query: torch.Tensor, columns: torch.Tensor, tile: int) -> torch.Tensor:
+    """Room for the logits of any tile of the block."""
+    size = min(tile, len(query)) * min(tile, len(columns))
+    return torch.empty(size, dtype=accumulator_dtype(query.dtype), device=query.device)
 
 
 def _scale(temperature: float | torch.Tensor) -> float | torch.Tensor:
