@@ -79,7 +79,7 @@ def extensions(torch: Path | None) -> list[Extension]:
     common = {
         "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include")] if torch else [],
         "library_dirs": [str(torch / "lib")] if torch else [],
-        "depends": ["csrc/gather_hidden.h"],
+        "depends": [str(path) for path in sorted(Path("csrc").glob("*.*h"))],
         "py_limited_api": True,
         "language": "c++",
     }

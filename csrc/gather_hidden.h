@@ -1,7 +1,9 @@
-// What the CPU and the CUDA library share: how rows are found in hidden states, and the checks of the operators' arguments.
+// What the CPU and the CUDA library share: the checks of the operators' arguments.
 //
 // Stable ABI of torch alone (no ATen, no c10, no Python headers), so that one build serves torch 2.11 and later.
 #pragma once
+
+#include "gather_hidden_layout.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,23 +18,6 @@ namespace umer1 {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The floor of the L2 norm that torch.nn.functional.normalize divides by.
-constexpr double kSmallestNorm = 1e-12;
-
-// hidden [steps, batch, columns] with any strides over steps and batch; its row r is (r / batch, r % batch).
-//
-// `offset` is the index of row 0 and `total` the number of legal indices, of which other ranks may hold a part.
-struct Layout {
-  int64_t rows, batch, step_stride, batch_stride, offset, total;
-
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-  int64_t start(int64_t row) const {
-    return (row / batch) * step_stride + (row % batch) * batch_stride;
-  }
-};
 
 inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
