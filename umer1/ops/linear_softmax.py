@@ -40,9 +40,9 @@ class Shard:
         legal = (labels >= 0) & (labels < vocab_size)
         return cls(columns, own, legal & (own >= 0) & (own < columns), legal, group)
 
-    def blocks(self, itemsize: int, block_bytes: int) -> list[slice]:
-        """Slices of columns whose logits, `itemsize` bytes each, take `block_bytes` or the least that is sensible."""
-        size = max(block_bytes // (itemsize * max(len(self.own), 1)), LEAST_COLUMNS)
+    def blocks(self, column_bytes: int, block_bytes: int) -> list[slice]:
+        """Slices of columns that take `block_bytes` together, or the least that is sensible."""
+        size = max(block_bytes // max(column_bytes, 1), LEAST_COLUMNS)
         return [slice(start, min(start + size, self.columns)) for start in range(0, self.columns, size)]
 
     def labels_in(self, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +115,7 @@ def statistics(
     largest = torch.full((len(hidden),), torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
     total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
     moment = torch.zeros_like(largest) if entropy else None
-    blocks = shard.blocks(dtype.itemsize, block_bytes)
+    blocks = shard.blocks(dtype.itemsize * len(hidden), block_bytes)
     exponentials = None
     for block in blocks:
         values = logits(hidden, weight[block], temperature)
@@ -177,11 +177,12 @@ def gradients(
     hidden_gradient = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     weight_gradient = torch.zeros_like(weight) if need_weight else None
     reciprocal = (1.0 / found.total)[:, None]
-    for block in shard.blocks(dtype.itemsize, block_bytes):
+    # A block of the weight's gradient, [c, H] before it is rounded, is to be no larger than one of logits.
+    for block in shard.blocks(dtype.itemsize * max(hidden.shape), block_bytes):
         if exponentials is None:
             values = logits(hidden, weight[block], temperature).sub_(found.largest[:, None]).exp_()
         else:
-            values = exponentials
+            values = exponentials[:, block]
         index, inside = shard.labels_in(block)
         values.scatter_add_(1, index, torch.where(inside, -found.total[:, None], 0.0))
         values = values.mul_(reciprocal).to(operand)
