@@ -53,9 +53,10 @@ def sweep(
     positive = torch.zeros(num_rows, dtype=torch.float32, device=query.device)
     if num_rows and num_columns:
         block = Block(query, columns, labels, temperature, row_ids, column_ids)
-        for rows in pieces(num_rows, SWEEP_ROWS):
-            for part in pieces(num_columns, SWEEP_COLUMNS):
-                sweep_launch(block, rows, part, by_row, by_column, positive)
+        with torch.cuda.device_of(query):
+            for rows in pieces(num_rows, SWEEP_ROWS):
+                for part in pieces(num_columns, SWEEP_COLUMNS):
+                    sweep_launch(block, rows, part, by_row, by_column, positive)
     else:
         by_row[0] = by_row[2] = -torch.inf
         if symmetric:
@@ -90,16 +91,16 @@ def gradients(
     padded = triton.cdiv(min(num_columns, GRADIENT_COLUMNS), 8) * 8  # rows of dS begin at multiples of 16 bytes
     chunk = max(1, CHUNK_BYTES // (padded * itemsize * CHUNK_ROWS)) * CHUNK_ROWS
     slopes = query.new_empty(min(num_rows, chunk), padded)
-    for part in pieces(num_columns, GRADIENT_COLUMNS):
-        for rows in pieces(num_rows, chunk):
-            slope = slopes[: rows.stop - rows.start, : part.stop - part.start]
-            slopes_launch(
-                block, rows, part, row_lse[rows], None if column_lse is None else column_lse[part], slope, factor
-            )
-            _add_product(grad_query[rows], slope, block.columns[part], weight / factor)
-            _add_product(grad_columns[part], slope.T, block.query[rows], weight / factor)
-    if labels is not None:
-        add_labels(block, positive_gradient, weight, grad_query, grad_columns)
+    with torch.cuda.device_of(query):
+        for part in pieces(num_columns, GRADIENT_COLUMNS):
+            by_column = None if column_lse is None else column_lse[part]
+            for rows in pieces(num_rows, chunk):
+                slope = slopes[: rows.stop - rows.start, : part.stop - part.start]
+                slopes_launch(block, rows, part, row_lse[rows], by_column, slope, factor)
+                _add_product(grad_query[rows], slope, block.columns[part], weight / factor)
+                _add_product(grad_columns[part], slope.T, block.query[rows], weight / factor)
+        if labels is not None:
+            add_labels(block, positive_gradient, weight, grad_query, grad_columns)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:

@@ -44,18 +44,22 @@ def _tile_variant(kernel, tile: Tile, dtype: str, bulk_copies: bool, **more) -> 
 
 
 def variants(arch: int) -> list[Variant]:
-    """Every tile in every way to load it, with all options on, which takes the most registers.
+    """What is launched, with all options on, which takes the most registers.
 
-    Left out: fp16, whose code is bf16's but for the conversions; on GPUs other than Hopper, all but the largest tile,
-    and the other way to load.
+    Left out: fp16, whose code is bf16's but for the conversions; for GPUs other than Hopper all but the largest tile,
+    and bulk copies or pointers, whichever is the exception there; the smallest fp32 tile.
     """
     found = []
     for itemsize, dtype in ((2, "bf16"), (4, "fp32")):
         largest, *smaller = tiles_of(arch)[itemsize]
-        for tile in [largest, *smaller] if arch == 90 else [largest]:
-            for bulk_copies in (True, False) if arch == 90 and tile == largest else (arch >= 90,):
-                found.append(_tile_variant(sweep_tiles, tile, dtype, bulk_copies, STATISTICS=True))
-                found.append(_tile_variant(gradient_tiles, tile, dtype, bulk_copies))
+        forms = [(largest, arch >= 90)]
+        if arch == 90:
+            forms += [(largest, False), *((tile, True) for tile in (smaller if itemsize == 2 else smaller[:1]))]
+        for tile, bulk_copies in forms:
+            found.append(_tile_variant(sweep_tiles, tile, dtype, bulk_copies, STATISTICS=True))
+            found.append(_tile_variant(gradient_tiles, tile, dtype, bulk_copies))
+    if arch != 90:
+        return found
     sizes = dict(SIZE=COMBINE_SIZE, DEPTH=COMBINE_DEPTH)
     found.append(_variant("sums", combine_parts, {}, dict(CONTINUE=True, KINDS=5, **sizes), {}))
     embeddings = dict(query="*bf16", columns="*bf16")
