@@ -34,22 +34,18 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By chip and by bytes of an element: (most rollouts, form), the last one for all that are more.  Up to 1,024 (the
-# paper's sets have 128) smaller tiles give more programs.  Chosen by what the compiler reports for sm_90: 128 x 128
-# spills registers in `count`, which holds a tile and its masks.  Not yet timed on a GPU.
+# By chip and by bytes of an element.  Chosen by what the compiler reports for sm_90: `count` holds a tile and its masks,
+# and 128 x 128 spills registers, 128 x 64 too where the rollouts are no multiple of 16.  Not yet timed on a GPU.
 CONFIGS = {
-    ("any", 2): ((1024, Config(64, 64, 64, 4, 4)), (None, Config(128, 64, 64, 8, 4))),
-    ("any", 4): ((1024, Config(64, 64, 32, 4, 3)), (None, Config(128, 64, 32, 8, 4))),
-    ("interpreter", 2): ((None, Config(32, 16, 32, 1, 1)),),
-    ("interpreter", 4): ((None, Config(32, 16, 32, 1, 1)),),
+    ("any", 2): Config(64, 64, 64, 8, 4),
+    ("any", 4): Config(64, 64, 32, 8, 4),
+    ("interpreter", 2): Config(32, 16, 32, 1, 1),
+    ("interpreter", 4): Config(32, 16, 32, 1, 1),
 }
 FINISH_BLOCK = 128
-
-
-def config(rollouts: int, dtype: torch.dtype) -> Config:
-    """The form for so many rollouts a side."""
-    table = CONFIGS["interpreter" if INTERPRETED else "any", dtype.itemsize]
-    return next(form for most, form in table if most is None or rollouts <= most)
+# One compiled kernel serves every number of rollouts, also where it is 1 or a multiple of 16.  Not the size of a group:
+# dividing by a number that is not known takes so many registers that `count` spills.
+UNSPECIALIZED = ("rows", "row_tiles", "column_tiles")
 
 
 @triton.jit
@@ -70,14 +66,14 @@ def _tile(query, target, row, column, rows, dimension, DEPTH: tl.constexpr, UP: 
     return similarity
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def own_kernel(
     query,
     target,
-    own,  # out: fp32 [rows, SIZE], similarity of a row to the target at each place of its own pair
+    own,  # out: fp32 [rows, size], similarity of a row to the target at each place of its own pair
     rows,
     dimension,
-    SIZE: tl.constexpr,
+    size: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -85,13 +81,13 @@ def own_kernel(
 ):
     """Program (i, j): the j-th of the tiles that hold pairs of row block i."""
     first_row = tl.program_id(0) * ROWS
-    first_column = (first_row // SIZE * SIZE // COLUMNS + tl.program_id(1)) * COLUMNS
+    first_column = (first_row // size * size // COLUMNS + tl.program_id(1)) * COLUMNS
     last_row = tl.minimum(first_row + ROWS, rows) - 1
-    if first_column < (last_row // SIZE + 1) * SIZE:
+    if first_column < (last_row // size + 1) * size:
         row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
         similarity = _tile(query, target, row, column, rows, dimension, DEPTH, UP)
-        same = (row // SIZE)[:, None] == (column // SIZE)[None, :]
-        place = row[:, None].to(tl.int64) * SIZE + (column % SIZE)[None, :]
+        same = (row // size)[:, None] == (column // size)[None, :]
+        place = row[:, None].to(tl.int64) * size + (column % size)[None, :]
         tl.store(own + place, similarity, mask=same & (row < rows)[:, None] & (column < rows)[None, :])
 
 
@@ -104,22 +100,22 @@ def _flags(valid, index, rows):
     return inside & (tl.load(valid + index, mask=inside, other=0) != 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def count_kernel(
     query,
     target,
     query_valid,  # uint8 [rows] or None
     target_valid,  # uint8 [rows] or None
     ids,  # int64 [pairs] or None
-    own,  # fp32 [rows, SIZE]
-    before,  # in, zeros, and out: int32 [sides, SIZE, rows], candidates that rank before a row's own
+    own,  # fp32 [rows, size]
+    before,  # in, zeros, and out: int32 [sides, size, rows], candidates that rank before a row's own
     others,  # out: int32 [tiles, rows], a rollout's valid candidates of other pairs in each tile: first the query
     # side's, one for each tile of columns, then the target side's, one for each tile of rows
     other_sum,  # out: fp32 [tiles, rows], the sum of their similarities
     rows,
     dimension,
+    size: tl.constexpr,
     column_tiles,
-    SIZE: tl.constexpr,
     BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -131,7 +127,7 @@ def count_kernel(
     row, column = row_tile * ROWS + tl.arange(0, ROWS), column_tile * COLUMNS + tl.arange(0, COLUMNS)
     similarity = _tile(query, target, row, column, rows, dimension, DEPTH, UP)
     row_there, column_there = row < rows, column < rows
-    row_pair, column_pair = row // SIZE, column // SIZE
+    row_pair, column_pair = row // size, column // size
     same = row_pair[:, None] == column_pair[None, :]
     other = row_pair[:, None] != column_pair[None, :]
     if ids is not None:
@@ -144,9 +140,9 @@ def count_kernel(
     tl.store(others + out, tl.sum((other & valid).to(tl.int32), 1), mask=row_there)
     tl.store(other_sum + out, tl.sum(tl.where(other & valid, similarity, 0.0), 1), mask=row_there)
     candidate = tl.where((same | other) & valid, similarity, float("-inf"))
-    for place in range(SIZE):
-        it = row_pair * SIZE + place
-        its = tl.load(own + row.to(tl.int64) * SIZE + place, mask=row_there, other=0.0)
+    for place in range(size):
+        it = row_pair * size + place
+        its = tl.load(own + row.to(tl.int64) * size + place, mask=row_there, other=0.0)
         equal = (candidate == its[:, None]) & (column[None, :] < it[:, None])
         earlier = ((candidate > its[:, None]) & (column[None, :] != it[:, None])) | equal
         tl.atomic_add(before + place * rows + row, tl.sum(earlier.to(tl.int32), 1), mask=row_there)
@@ -157,37 +153,48 @@ def count_kernel(
         tl.store(others + out, tl.sum((other & valid).to(tl.int32), 0), mask=column_there)
         tl.store(other_sum + out, tl.sum(tl.where(other & valid, similarity, 0.0), 0), mask=column_there)
         candidate = tl.where((same | other) & valid, similarity, float("-inf"))
-        for place in range(SIZE):
-            it = column_pair * SIZE + place
-            its = tl.load(own + it.to(tl.int64) * SIZE + column % SIZE, mask=column_there, other=0.0)
+        for place in range(size):
+            it = column_pair * size + place
+            its = tl.load(own + it.to(tl.int64) * size + column % size, mask=column_there, other=0.0)
             equal = (candidate == its[None, :]) & (row[:, None] < it[None, :])
             earlier = ((candidate > its[None, :]) & (row[:, None] != it[None, :])) | equal
-            tl.atomic_add(before + (SIZE + place) * rows + column, tl.sum(earlier.to(tl.int32), 0), mask=column_there)
+            tl.atomic_add(before + (size + place) * rows + column, tl.sum(earlier.to(tl.int32), 0), mask=column_there)
 
 
 @triton.jit
 def _finish(
-    scored_valid, candidate_valid, own, row_stride, place_stride, before, others, other_sum, out, rows, tiles,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One side's results: own similarity of a row at a place is at own + row's base + place * place_stride."""
+    scored_valid,
+    candidate_valid,
+    own,
+    row_stride,
+    place_stride,
+    before,
+    others,
+    other_sum,
+    out,
+    rows,
+    tiles,
+    size: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One side's results: in its pair's block of `own`, a row's similarities are `place_stride` from each other."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
-    pair = row // SIZE
+    pair = row // size
     number, total = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
     for tile in range(tiles):
         at = tl.cast(tile, tl.int64) * rows + row
         number += tl.load(others + at, mask=there, other=0)
         total += tl.load(other_sum + at, mask=there, other=0.0)
     num_own, own_total = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.float32)
-    base = own + (pair * SIZE).to(tl.int64) * SIZE + (row % SIZE) * row_stride
-    for place in range(SIZE):
-        valid = _flags(candidate_valid, pair * SIZE + place, rows) & there
+    base = own + (pair * size).to(tl.int64) * size + (row % size) * row_stride
+    for place in range(size):
+        valid = _flags(candidate_valid, pair * size + place, rows) & there
         own_total += tl.load(base + place * place_stride, mask=valid, other=0.0)
         num_own += valid.to(tl.int32)
     hits = tl.zeros([BLOCK], tl.int32)
-    for place in range(SIZE):
-        valid = _flags(candidate_valid, pair * SIZE + place, rows) & there
+    for place in range(size):
+        valid = _flags(candidate_valid, pair * size + place, rows) & there
         earlier = tl.load(before + place * rows + row, mask=there, other=0)
         hits += (valid & (earlier < num_own)).to(tl.int32)
     share = tl.maximum(num_own, 1).to(tl.float32)
@@ -199,7 +206,7 @@ def _finish(
     tl.store(out + 2 * rows + row, tl.where(scored, margin, 0.0), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_kernel(
     query_valid,
     target_valid,
@@ -209,22 +216,22 @@ def finish_kernel(
     other_sum,
     out,  # fp32 [sides, 3, rows]: reward, ranking, margin
     rows,
+    size: tl.constexpr,
     row_tiles,
     column_tiles,
-    SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (i, side): the results of one block of rollouts of one side."""
     if tl.program_id(1) == 0:
         _finish(
-            query_valid, target_valid, own, SIZE, 1, before, others, other_sum, out, rows, column_tiles, SIZE, BLOCK
+            query_valid, target_valid, own, size, 1, before, others, other_sum, out, rows, column_tiles, size, BLOCK
         )
     else:
-        before += SIZE * rows
+        before += size * rows
         others += tl.cast(column_tiles, tl.int64) * rows
         other_sum += tl.cast(column_tiles, tl.int64) * rows
         out += 3 * rows
-        _finish(target_valid, query_valid, own, 1, SIZE, before, others, other_sum, out, rows, row_tiles, SIZE, BLOCK)
+        _finish(target_valid, query_valid, own, 1, size, before, others, other_sum, out, rows, row_tiles, size, BLOCK)
 
 
 def own_tiles(size: int, form: Config) -> int:
@@ -252,7 +259,7 @@ def rank_margin(
     ids: int64 [rows / size] or None.
     """
     rows, dimension = query.shape
-    form = config(rows, query.dtype)
+    form = CONFIGS["interpreter" if INTERPRETED else "any", query.dtype.itemsize]
     sides, row_tiles, column_tiles = 1 + both, triton.cdiv(rows, form.rows), triton.cdiv(rows, form.columns)
     tiles = column_tiles + both * row_tiles
     own = torch.empty(rows, size, dtype=torch.float32, device=query.device)
@@ -260,9 +267,9 @@ def rank_margin(
     others = torch.empty(tiles, rows, dtype=torch.int32, device=query.device)
     other_sum = torch.empty(tiles, rows, dtype=torch.float32, device=query.device)
     out = torch.empty(sides, 3, rows, dtype=torch.float32, device=query.device)
-    shape = {"SIZE": size, "ROWS": form.rows, "COLUMNS": form.columns, "DEPTH": form.depth, "UP": INTERPRETED}
+    shape = {"ROWS": form.rows, "COLUMNS": form.columns, "DEPTH": form.depth, "UP": INTERPRETED}
     options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
-    own_kernel[row_tiles, own_tiles(size, form)](query, target, own, rows, dimension, **shape, **options)
+    own_kernel[row_tiles, own_tiles(size, form)](query, target, own, rows, dimension, size, **shape, **options)
     count_kernel[row_tiles, column_tiles](
         query,
         target,
@@ -275,6 +282,7 @@ def rank_margin(
         other_sum,
         rows,
         dimension,
+        size,
         column_tiles,
         BOTH=both,
         **shape,
@@ -289,18 +297,18 @@ def rank_margin(
         other_sum,
         out,
         rows,
+        size,
         row_tiles,
         column_tiles,
-        SIZE=size,
         BLOCK=FINISH_BLOCK,
     )
     return out
 
 
 def variants(arch: int) -> list[Variant]:
-    """The forms of a GPU for G = 8, with flags and ids: both widths of elements, few rollouts and many."""
+    """The forms of a GPU for groups of 8, flags and ids, by width of the elements."""
     size = 8
-    numbers = ("rows", "dimension", "row_tiles", "column_tiles")
+    numbers = ("dimension", *UNSPECIALIZED)
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("own", "other_sum", "out"), "*fp32")
     types |= dict.fromkeys(("before", "others"), "*i32") | dict.fromkeys(("query_valid", "target_valid"), "*u8")
     types["ids"] = "*i64"
@@ -312,17 +320,17 @@ def variants(arch: int) -> list[Variant]:
             kernel=kernel,
             types={argument: types[argument] for argument in arguments},
             constexprs=constexprs,
-            divisible_by_16=tuple(argument for argument in arguments if not argument.endswith("tiles")),
+            divisible_by_16=tuple(argument for argument in arguments if argument not in UNSPECIALIZED),
             options=options,
         )
 
-    found = [variant("finish", finish_kernel, {"SIZE": size, "BLOCK": FINISH_BLOCK}, types, {})]
+    found = [variant("finish", finish_kernel, {"size": size, "BLOCK": FINISH_BLOCK}, types, {})]
     for itemsize, dtype in ((2, "bf16"), (4, "fp32")):
-        for _, form in CONFIGS["any", itemsize]:
-            shape = {"SIZE": size, "ROWS": form.rows, "COLUMNS": form.columns, "DEPTH": form.depth, "UP": False}
-            options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
-            name = f"{form.rows}x{form.columns}x{form.depth} {dtype}"
-            given = types | {"query": f"*{dtype}", "target": f"*{dtype}"}
-            found.append(variant(f"own {name}", own_kernel, shape, given, options))
-            found.append(variant(f"count {name}", count_kernel, shape | {"BOTH": True}, given, options))
+        form = CONFIGS["any", itemsize]
+        shape = {"size": size, "ROWS": form.rows, "COLUMNS": form.columns, "DEPTH": form.depth, "UP": False}
+        options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
+        name = f"{form.rows}x{form.columns}x{form.depth} {dtype}"
+        given = types | {"query": f"*{dtype}", "target": f"*{dtype}"}
+        found.append(variant(f"own {name}", own_kernel, shape, given, options))
+        found.append(variant(f"count {name}", count_kernel, shape | {"BOTH": True}, given, options))
     return found
