@@ -60,9 +60,9 @@ def test_the_wheel_has_it_all(build, tmp_path):
 
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import torch, umer1.ops.gather_hidden as g; from umer1.ops import extension as e;"
+        "import torch; from umer1.ops import extension as e, gather_hidden;"
         f"assert str(e.FOLDER).startswith({str(tmp_path)!r}), e.FOLDER; assert e.load_extension() is None;"
-        "print(g.gather_hidden(torch.eye(2), torch.tensor([1])).tolist())"
+        "print(gather_hidden(torch.eye(2), torch.tensor([1])).tolist())"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
