@@ -185,7 +185,9 @@ def gradients(
             values = exponentials[:, block]
         index, inside = shard.labels_in(block)
         values.scatter_add_(1, index, torch.where(inside, -found.total[:, None], 0.0))
-        values = values.mul_(reciprocal).to(operand)
+        # Scaled and rounded in one pass.
+        rounded = values if operand == dtype else torch.empty_like(values, dtype=operand)
+        values = torch.mul(values, reciprocal, out=rounded)
         if need_hidden:
             hidden_gradient += product(values, weight[block].to(operand))
         if need_weight:
