@@ -23,6 +23,7 @@ ALLOWED = {
     "rl": BASE | {"ops", "distributed", "models", "checkpoints", "data", "inference"},
     "evaluation": BASE | {"distributed", "models", "data", "inference"},
     "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
+    "annotation": BASE | {"data"},
     "conversion": BASE | {"distributed", "models", "checkpoints", "training"},
     "cli": {"errors"},
 }

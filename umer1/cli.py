@@ -7,6 +7,7 @@ from umer1.errors import exit_on_user_error
 
 COMMANDS = {
     "convert": ("umer1.conversion", "Hugging Face directory <-> megatron distributed checkpoint"),
+    "annotate": ("umer1.annotation.annotate", "pairs -> SFT and RL files, with reasoning from a teacher"),
     "encode": ("umer1.inference.encode", "JSONL of inputs -> embeddings, in disc or gen mode"),
     "eval": ("umer1.evaluation.mini", "score a model on a benchmark"),
     "serve-rollouts": ("umer1.rl.engines.vllm_serve", "a vLLM engine for GRPO that trainers reach over TCP"),

@@ -1,0 +1,136 @@
+"""The parts of annotation alone: parsing, filters, journal, selection, frames."""
+
+import random
+import time
+
+import pytest
+from data_tools import tiny_directory, write_picture
+
+from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
+from umer1.annotation.client import Answer, Refused, seconds_of
+from umer1.annotation.config import FilterConfig
+from umer1.annotation.journal import Journal
+from umer1.annotation.media import Library
+from umer1.annotation.samples import side_key
+from umer1.annotation.selection import balanced_quotas
+from umer1.data.media import MediaRoot
+from umer1.data.schema import Side
+from umer1.errors import UserError
+
+
+def answer(content: str, reasoning: str | None = None, reason: str = "stop") -> Answer:
+    return Answer(content, reasoning, reason, 1, 1)
+
+
+# what the teacher wrote -> reasoning and summary, or the cause
+FORMS = {
+    "whole": (answer("<think>a b</think><answer>c</answer>"), ("a b", "c")),
+    "no answer tags": (answer("<think>a</think>\n\nc d\n"), ("a", "c d")),
+    "answer left open": (answer("<think>a</think><answer>c"), ("a", "c")),
+    "reasoning apart": (answer("<answer>c</answer>", "a"), ("a", "c")),
+    "boxed": (answer("<think>a</think><answer><|begin_of_box|>c<|end_of_box|></answer>"), ("a", "c")),
+    "no thought": (answer("c"), "format"),
+    "thought left open": (answer("<think>a"), "format"),
+    "words before": (answer("Well. <think>a</think>c"), "format"),
+    "empty thought": (answer("<think> </think>c"), "format"),
+    "empty summary": (answer("<think>a</think><answer></answer>"), "format"),
+    "two thoughts": (answer("<think>a</think><think>b</think>c"), "format"),
+    "two answers": (answer("<think>a</think><answer>b</answer><answer>c</answer>"), "format"),
+    "embedding token": (answer("<think>a</think>b<gen_emb>"), "format"),
+    "marker": (answer("<think>a <image></think>b"), "format"),
+    "turn": (answer("<think>a<|im_end|></think>b"), "reserved_token"),
+    "half a surrogate pair": (answer("<think>a\ud83d</think>b"), "format"),
+    "cut off": (answer("<think>a</think>b", reason="length"), "cut_off"),
+    "loop": (answer(f"<think>{'round and round ' * 50}</think>b"), "repetition"),
+    "long": (answer(f"<think>a</think>{' '.join(map(str, range(600)))}"), "over_length"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_answer(name):
+    given, expected = FORMS[name]
+    got = AnswerFilter.open(FilterConfig(strip_box_markers=True), tiny_directory()).response(given)
+    if isinstance(expected, str):
+        assert isinstance(got, Fault) and got.cause == expected
+    else:
+        assert got == f"<think>{expected[0]}</think><answer>{expected[1]}<gen_emb>"
+
+
+def test_boxes_stay_unless_asked():
+    judge = AnswerFilter.open(FilterConfig(), tiny_directory())
+    assert "<|begin_of_box|>c" in judge.response(answer("<think>a</think><|begin_of_box|>c<|end_of_box|>"))
+
+
+def test_repeated_share_counts_ngrams():
+    seed = time.time_ns()
+    draw = random.Random(seed)
+    for _ in range(50):
+        ids = [draw.randrange(4) for _ in range(draw.randrange(0, 120))]
+        n = draw.randrange(1, 6)
+        seen, repeats, total = set(), 0, 0
+        for start in range(len(ids) - n + 1):
+            gram = tuple(ids[start : start + n])
+            repeats, total = repeats + (gram in seen), total + 1
+            seen.add(gram)
+        assert repeated_share(ids, n) == pytest.approx(repeats / total if total >= 32 else 0.0), seed
+
+
+def test_journal_survives_any_cut(tmp_path):
+    """Cut anywhere in the last line: the lines before it stay, and what is appended then is whole."""
+    path, settings = tmp_path / "journal.jsonl", {"teacher_model": "toy"}
+    keys = [side_key(Side(str(i))) for i in range(4)]
+    journal = Journal(path, settings)
+    journal.append([(keys[0], answer("a\n\ud83d")), (keys[1], Refused("no"))])
+    journal.append([(keys[2], answer("c"))])
+    journal.close()
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for end in range(last, len(whole)):
+        path.write_bytes(whole[:end])
+        journal = Journal(path, settings)
+        assert keys[2] not in journal and len(journal) == 2 and journal.output_tokens == 1
+        journal.append([(keys[3], answer("d"))])
+        assert journal.read(keys[0]) == answer("a\n\ud83d") and journal.read(keys[1]) == Refused("no")
+        assert journal.read(keys[3]) == answer("d")
+        journal.close()
+        path.write_bytes(whole)
+
+
+def test_journal_refuses_damage_and_a_second_writer(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, {})
+    with pytest.raises(UserError, match="in use by another run"):
+        Journal(path, {})
+    journal.append([(side_key(Side("a")), answer("a"))] * 2)
+    journal.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
+    with pytest.raises(UserError, match="damaged in line 2"):
+        Journal(path, {})
+
+
+@pytest.mark.parametrize(
+    ("there", "count", "expected"),
+    [
+        ((9, 9, 9), 6, (2, 2, 2)),
+        ((9, 1, 9), 7, (3, 1, 3)),
+        ((9, 0, 0), 4, (4, 0, 0)),
+        ((1, 1, 1), 9, (1, 1, 1)),
+        ((9, 9, 9), 4, (2, 1, 1)),
+        ((9, 9, 9), 0, (0, 0, 0)),
+    ],
+)
+def test_quotas(there, count, expected):
+    assert tuple(balanced_quotas(dict(zip("ivd", there, strict=True)), count).values()) == expected
+
+
+def test_frames_are_spread_in_natural_order(tmp_path):
+    for number in (*range(9, 13), 100):
+        write_picture(tmp_path, f"v/f{number}.png", 28, 28)
+    library = Library(MediaRoot(tmp_path), num_frames=3, folder="embedded")
+    assert library.frames("v", "") == ("v/f9.png", "v/f11.png", "v/f100.png")
+
+
+def test_retry_after_forms():
+    assert seconds_of("7") == 7.0 and seconds_of(None) is None and seconds_of("soon") is None
+    assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0

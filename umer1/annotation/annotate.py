@@ -1,0 +1,157 @@
+"""`umer1 annotate`: pairs to SFT data with a teacher's reasoning and summaries, and pairs kept apart for RL.
+
+    umer1 annotate --data-root DATA --output OUT --tokenizer MODEL_DIR \\
+        --inputs '[{layout: mmeb, path: DATA/mmeb/ImageNet_1K, dataset: ImageNet_1K, media_folder: images},
+                   {layout: llavahound-video, path: DATA/hound.jsonl, dataset: hound, media_folder: frames}]' \\
+        --endpoint http://localhost:8000/v1 --teacher-model glm-4.1v-thinking --strip-box-markers
+
+A teacher, for instance:  vllm serve zai-org/GLM-4.1V-9B-Thinking --served-model-name glm-4.1v-thinking \\
+                              --limit-mm-per-prompt '{"image": 8, "video": 1}' --max-model-len 32768
+
+Each side of each pair is asked once.  Answers go to OUT/journal.jsonl as they come: killed at any moment, the same
+command goes on where it stopped, and what was answered is not asked again.  At the end OUT/dataset holds sft-*.jsonl
+(for --data-path), rl.jsonl (--rl-pairs), filtered.jsonl (each pair left out, with its cause) and manifest.json (counts,
+settings, hashes); it appears whole.  A later run asks again what got no answer, and judges all answers anew by the
+filters then given, at no cost.  docs/annotate.md tells more.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from umer1 import __version__
+from umer1.annotation.answers import AnswerFilter, Fault
+from umer1.annotation.ask import Asker, Progress, Question
+from umer1.annotation.client import Refused
+from umer1.annotation.config import AnnotateCommand
+from umer1.annotation.journal import Journal
+from umer1.annotation.media import Library
+from umer1.annotation.publish import Counts, publish_dataset
+from umer1.annotation.samples import Broken, Sample, side_key
+from umer1.annotation.selection import Selection
+from umer1.annotation.sources import read_samples
+from umer1.configuration import help_text, load_config
+from umer1.data.media import MediaRoot
+from umer1.data.schema import Side
+from umer1.errors import UserError
+from umer1.files import make_folder
+
+# What shapes an answer: a journal goes on with these alone.
+_ANSWER_SETTINGS = (
+    *("teacher_model", "teacher_prompt", "teacher_temperature", "teacher_top_p", "max_answer_tokens"),
+    *("max_image_pixels", "max_frame_pixels", "video_as"),
+)
+JOURNAL_FILE, DATASET_FOLDER = "journal.jsonl", "dataset"
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(AnnotateCommand, __doc__))
+        return
+    command = load_config(AnnotateCommand, argv)
+    make_folder(command.annotate.output)
+    try:
+        with Annotation(command) as annotation:
+            counts = annotation.run()
+    except OSError as error:
+        raise UserError(f"{command.annotate.output}: {error}; the answers so far are kept") from None
+    except KeyboardInterrupt:
+        print("umer1 annotate: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.exit(130)
+    for line in counts.lines():
+        print(f"umer1 annotate: {line}", file=sys.stderr, flush=True)
+
+
+class Annotation:
+    """One run: scan, ask, write.  To be used in a `with`, which lets go of the journal."""
+
+    def __init__(self, command: AnnotateCommand):
+        self.command, config = command, command.annotate
+        self.media = MediaRoot(config.data_root, max_source_pixels=command.teacher.max_source_pixels)
+        self.library = Library(self.media, num_frames=config.num_frames, folder=config.embedded_folder)
+        self.judge = AnswerFilter.open(command.filters, config.tokenizer)
+        settings = {name: getattr(command.teacher, name) for name in _ANSWER_SETTINGS}
+        self.journal = Journal(Path(config.output) / JOURNAL_FILE, settings)
+
+    def __enter__(self) -> "Annotation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+
+    def run(self) -> Counts:
+        """Everything; what there is to say at the end."""
+        config, teacher = self.command.annotate, self.command.teacher
+        selection = Selection(config.rl_pairs, config.selection_seed, self.media)
+        total = selection.scan(self._samples())
+        rl = selection.chosen()
+        print(f"umer1 annotate: {total:,} pairs, {len(rl):,} of them for RL", file=sys.stderr, flush=True)
+        progress = Progress(2 * total, self.journal, teacher)
+        api_key = os.environ[teacher.api_key_env] if teacher.api_key_env else None
+        asker = Asker(teacher, api_key, self.media, self.journal)
+        faults = asker.run(self._questions({sample.content() for sample in rl}, progress), progress.heard)
+        progress.finish()
+
+        def respond(sample: Sample, name: str, side: Side) -> str | Fault:
+            key = self._key(sample, name, side)
+            if (fault := faults.get(key)) is not None:
+                return fault
+            entry = self.journal.read(key)
+            return Fault("refused", entry.detail) if isinstance(entry, Refused) else self.judge.response(entry)
+
+        return publish_dataset(
+            Path(config.output) / DATASET_FOLDER,
+            self._samples(),
+            respond,
+            rl,
+            data_root=config.data_root,
+            pairs_per_shard=config.pairs_per_shard,
+            manifest=self._manifest(progress),
+        )
+
+    def _samples(self) -> Iterator[Sample | Broken]:
+        for sample in read_samples(self.command.annotate.inputs, self.library):
+            yield self._checked(sample)
+
+    def _checked(self, sample: Sample | Broken) -> Sample | Broken:
+        """Texts that training would refuse cost nothing: nobody is asked about them."""
+        if isinstance(sample, Sample):
+            for _, side in sample.sides():
+                if (token := self.judge.structural(side.text)) is not None:
+                    return Broken(sample.id, sample.dataset, "reserved_token", f"the text spells {token}")
+        return sample
+
+    def _questions(self, left_out: set[str], progress: Progress) -> Iterator[Question]:
+        """Sides without an answer, each key once."""
+        seen: set[bytes] = set()
+        for sample in self._samples():
+            if isinstance(sample, Broken):
+                continue
+            for name, side in sample.sides():
+                key = self._key(sample, name, side)
+                if key in self.journal or bytes.fromhex(key) in seen or sample.content() in left_out:
+                    progress.known()
+                else:
+                    seen.add(bytes.fromhex(key))
+                    yield Question(key, side)
+
+    def _key(self, sample: Sample, name: str, side: Side) -> str:
+        return side_key(side, "" if self.command.annotate.share_identical_sides else f"{sample.id}/{name}")
+
+    def _manifest(self, progress: Progress) -> dict[str, Any]:
+        files = [file for item in self.command.annotate.inputs for file in item.files()]
+        return {
+            "umer1": __version__,
+            "settings": asdict(self.command),
+            "inputs": [{"path": str(file), "bytes": file.stat().st_size} for file in files],
+            "teacher": {
+                "answers": len(self.journal),
+                "input_tokens": self.journal.input_tokens,
+                "output_tokens": self.journal.output_tokens,
+                "cost": progress.cost(),
+            },
+        }

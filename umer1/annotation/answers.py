@@ -1,0 +1,98 @@
+"""From what the teacher wrote to reasoning and summary, or to the cause why it is not used."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from umer1.annotation.client import Answer
+from umer1.annotation.config import FilterConfig
+from umer1.data.prompts import DISC_EMB, GEN_EMB, IMAGE_MARKER, VIDEO_MARKER, assistant_text
+
+_BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_ANSWER = re.compile(r"\s*<answer>(.*?)(?:</answer>)?\s*", re.DOTALL)
+# Tags of the training format: inside a thought or a summary they would forge its structure.
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>", DISC_EMB, GEN_EMB, IMAGE_MARKER, VIDEO_MARKER)
+# Added tokens that training takes as text: the embedding tokens, which have rules of their own, and grounding mark-up.
+_ALLOWED = {DISC_EMB, GEN_EMB} | {f"<|{n}_{edge}|>" for n in ("object_ref", "box", "quad") for edge in ("start", "end")}
+_FEWEST_NGRAMS = 32  # shorter texts repeat themselves by chance
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an answer or a side is not used."""
+
+    cause: str  # cut_off, format, reserved_token, over_length, repetition
+    detail: str
+
+
+class AnswerFilter:
+    """Judges answers by the tokens of the model that will be trained on them."""
+
+    def __init__(self, config: FilterConfig, tokenizer: Tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        added = tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special or token.content.startswith("<|")}
+        self._reserved = sorted(special - _ALLOWED)
+
+    @staticmethod
+    def open(config: FilterConfig, directory: str | Path) -> "AnswerFilter":
+        return AnswerFilter(config, Tokenizer.from_file(str(Path(directory) / "tokenizer.json")))
+
+    def structural(self, text: str) -> str | None:
+        """A token in `text` that would forge a turn or a picture, which training refuses; None when there is none."""
+        return next((token for token in self._reserved if token in text), None)
+
+    def response(self, answer: Answer) -> str | Fault:
+        """The assistant's turn of the training file, or what is wrong with the answer."""
+        if answer.finish_reason != "stop":
+            return Fault("cut_off", f"finish_reason {answer.finish_reason}")
+        parts = self._parts(answer)
+        if isinstance(parts, Fault):
+            return parts
+        reasoning, summary = parts
+        for name, text in (("reasoning", reasoning), ("summary", summary)):
+            if fault := self._text_fault(name, text):
+                return fault
+        return assistant_text(reasoning, summary)
+
+    def _parts(self, answer: Answer) -> tuple[str, str] | Fault:
+        content, reasoning = answer.content, answer.reasoning
+        if self.config.strip_box_markers:
+            content, reasoning = _BOX.sub("", content), reasoning and _BOX.sub("", reasoning)
+        if reasoning is None:
+            thought = _THOUGHT.fullmatch(content)
+            if thought is None:
+                return Fault("format", "the answer does not begin with <think>...</think>")
+            reasoning, content = thought.groups()
+        tagged = _ANSWER.fullmatch(content)
+        summary = tagged.group(1) if tagged else content
+        reasoning, summary = reasoning.strip(), summary.strip()
+        if not reasoning or not summary:
+            return Fault("format", f"the {'reasoning' if not reasoning else 'summary'} is empty")
+        return reasoning, summary
+
+    def _text_fault(self, name: str, text: str) -> Fault | None:
+        if tag := next((tag for tag in _TAGS if tag in text), None):
+            return Fault("format", f"the {name} holds {tag}")
+        if token := self.structural(text):
+            return Fault("reserved_token", f"the {name} spells {token}")
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError):
+            return Fault("format", f"the {name} is not valid Unicode")
+        most = getattr(self.config, f"max_{name}_tokens")
+        if len(ids) > most:
+            return Fault("over_length", f"the {name} has {len(ids)} tokens, more than {most}")
+        share = repeated_share(ids, self.config.repetition_ngram)
+        if share > self.config.max_repetition:
+            return Fault("repetition", f"{share:.2f} of the {name}'s {self.config.repetition_ngram}-grams are repeats")
+        return None
+
+
+def repeated_share(ids: list[int], n: int) -> float:
+    """Share of the n-grams of token ids that stood in the text before; 0 for texts of fewer than 32."""
+    grams = list(zip(*(ids[start:] for start in range(n)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if len(grams) >= _FEWEST_NGRAMS else 0.0

@@ -1,0 +1,204 @@
+"""Chat completions over HTTP: one connection a thread, a deadline for the whole exchange, retries with back-off."""
+
+import email.utils
+import http.client
+import json
+import random
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from umer1.annotation.config import TeacherConfig
+from umer1.errors import UserError
+
+_MAX_REPLY_BYTES = 64 * 2**20
+_MAX_RETRY_AFTER = 3600.0
+# Codes that no second attempt mends, and that concern every request alike.
+_SETUP_CODES = (401, 402, 403, 404, 405)
+_RETRIED_CODES = (408, 409, 425, 429)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the teacher wrote, as it came."""
+
+    content: str
+    reasoning: str | None  # where the server keeps it apart (a reasoning parser)
+    finish_reason: str
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The server will not answer this request however often it is asked."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No answer after all attempts."""
+
+    detail: str
+
+
+class Stopped(Exception):
+    """The run ends while a request waits."""
+
+
+class _Retry(Exception):
+    def __init__(self, detail: str, after: float | None = None):
+        super().__init__(detail)
+        self.after = after
+
+
+class Client:
+    """Asks one endpoint; to be used by many threads.
+
+    api_key: sent as a bearer token to the endpoint alone (redirects are not followed), and kept out of every message.
+    stop: once set, waits end in Stopped.
+    """
+
+    def __init__(self, config: TeacherConfig, api_key: str | None, stop: threading.Event):
+        self.config, self.stop = config, stop
+        self._key = api_key
+        self._address = urlsplit(config.endpoint)
+        self._path = self._address.path.rstrip("/") + "/chat/completions"
+        self._local = threading.local()
+
+    def ask(self, body: bytes) -> Answer | Refused | Failed:
+        """Ask until there is an answer, a refusal, or `max_attempts` are used up.
+
+        Raises UserError when the endpoint refuses everybody (key, address, model).
+        """
+        detail = ""
+        for attempt in range(self.config.max_attempts):
+            try:
+                return self._judge(*self._exchange(body))
+            except _Retry as error:
+                detail = self._hidden(str(error))
+                if attempt + 1 < self.config.max_attempts and self.stop.wait(self._delay(attempt, error.after)):
+                    raise Stopped from None
+        return Failed(f"{detail} (attempt {self.config.max_attempts} of {self.config.max_attempts})")
+
+    def _delay(self, attempt: int, after: float | None) -> float:
+        """Full jitter: any part of a bound that doubles; behind a Retry-After, a little of it on top."""
+        bound = min(self.config.max_backoff_seconds, self.config.backoff_seconds * 2**attempt)
+        if after is None:
+            return random.uniform(0.0, bound)
+        return min(after, _MAX_RETRY_AFTER) + random.uniform(0.0, min(bound, self.config.backoff_seconds))
+
+    # -- one exchange ------------------------------------------------------------------------------------------------
+
+    def _exchange(self, body: bytes) -> tuple[int, str | None, bytes]:
+        """(status, Retry-After, body).  A stalled or trickling server is cut off at the deadline."""
+        connection = self._connection()
+        expired, timer = threading.Event(), None
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            if connection.sock is None:
+                connection.connect()
+            timer = threading.Timer(self.config.request_timeout_seconds, _cut, (connection.sock, expired))
+            timer.daemon = True
+            timer.start()
+            connection.sock.settimeout(self.config.request_timeout_seconds + 1)
+            connection.request("POST", self._path, body, headers)
+            response = connection.getresponse()
+            content = response.read(_MAX_REPLY_BYTES + 1)
+            if expired.is_set():  # a body that only the connection's end bounds looks whole
+                raise TimeoutError
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            if expired.is_set():
+                raise _Retry(f"no answer within {self.config.request_timeout_seconds:g} s") from None
+            raise _Retry(f"{type(error).__name__}: {error}") from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if len(content) > _MAX_REPLY_BYTES:
+            connection.close()
+            raise _Retry("the reply is longer than 64 MiB")
+        return response.status, response.headers.get("Retry-After"), content
+
+    def _connection(self) -> http.client.HTTPConnection:
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+            connection = kinds[self._address.scheme](
+                self._address.hostname, self._address.port, timeout=self.config.connect_timeout_seconds
+            )
+            self._local.connection = connection
+        return connection
+
+    # -- what a reply means ------------------------------------------------------------------------------------------
+
+    def _judge(self, status: int, retry_after: str | None, content: bytes) -> Answer | Refused:
+        if status == 200:
+            return read_answer(content)
+        said = self._hidden(" ".join(content[:400].decode("utf-8", "replace").split()))
+        if status in _SETUP_CODES or 300 <= status < 400:
+            hints = {
+                401: "check --api-key-env",
+                403: "check --api-key-env",
+                404: "check --endpoint and --teacher-model",
+            }
+            hint = hints.get(status, "check --endpoint")
+            raise UserError(f"{self.config.endpoint} answers {status} to every request: {said!r}; {hint}")
+        if status in _RETRIED_CODES or status >= 500:
+            raise _Retry(f"status {status}: {said}", seconds_of(retry_after))
+        return Refused(f"status {status}: {said}")
+
+    def _hidden(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _cut(sock: socket.socket, expired: threading.Event) -> None:
+    expired.set()
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is closed already, which is what was wanted
+
+
+def seconds_of(retry_after: str | None) -> float | None:
+    """A Retry-After header, seconds or a date, as seconds from now; None for none or nonsense."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def read_answer(content: bytes) -> Answer:
+    """The first choice of a reply; a body that is no chat completion is asked for again."""
+    try:
+        reply = json.loads(content)
+        choice = reply["choices"][0]
+        message = choice["message"]
+        text = message.get("content") or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        usage = reply.get("usage") or {}
+        if not isinstance(text, str) or not isinstance(reasoning, str | None):
+            raise TypeError("content is no text")
+        return Answer(
+            content=text,
+            reasoning=reasoning,
+            finish_reason=str(choice.get("finish_reason") or "stop"),
+            input_tokens=_count(usage.get("prompt_tokens")),
+            output_tokens=_count(usage.get("completion_tokens")),
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise _Retry(f"the reply is no chat completion ({type(error).__name__}: {error})") from None
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0

@@ -1,0 +1,87 @@
+"""Media under the data root: paths of pair files, frames of a video's folder, pictures held inside parquet files."""
+
+import hashlib
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from umer1.data.bad_samples import BadSample
+from umer1.data.media import FORMATS, MAX_FILE_BYTES, MediaRoot
+from umer1.files import atomic_path
+
+_FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class Library:
+    """Turns what a row names into paths relative to the data root.
+
+    num_frames: most frames of a video.  folder: where pictures from inside parquet files go, below the root; a file is
+    named by its content's hash, so that a second pass and a second run write nothing.
+    """
+
+    def __init__(self, media: MediaRoot, *, num_frames: int, folder: str):
+        self.media, self.num_frames, self.folder = media, num_frames, folder
+
+    def image(self, value: Any, media_folder: str) -> str:
+        """The path of a picture given as a path or as {bytes, path}.  Raises BadSample."""
+        if isinstance(value, dict):
+            if value.get("bytes"):
+                return self._keep(value["bytes"])
+            value = value.get("path")
+        if not isinstance(value, str) or not value:
+            raise BadSample("bad_record", "an image must be a path, or bytes of one")
+        return _below(media_folder, value)
+
+    def frames(self, video: str, media_folder: str) -> tuple[str, ...]:
+        """Evenly spaced frames of a video's folder, in natural order.  Raises BadSample."""
+        relative = _below(media_folder, video)
+        try:
+            names = sorted(filter(_is_frame, os.listdir(self.media.resolve(relative))), key=_natural)
+        except OSError as error:
+            raise BadSample("missing_file", f"{relative!r} is no folder of frames: {error.strerror}") from None
+        if not names:
+            raise BadSample("missing_file", f"{relative!r} holds no frames")
+        if len(names) > self.num_frames:
+            names = [names[i] for i in np.linspace(0, len(names) - 1, self.num_frames).round().astype(int)]
+        return tuple(f"{relative}/{name}" for name in names)
+
+    def _keep(self, content: bytes) -> str:
+        if len(content) > MAX_FILE_BYTES:
+            raise BadSample("file_too_large", f"a picture has {len(content)} bytes, more than {MAX_FILE_BYTES}")
+        digest = hashlib.sha256(content).hexdigest()
+        relative = f"{self.folder}/{digest[:2]}/{digest}.{_ending(content)}"
+        path = Path(self.media.root, relative)
+        if not path.exists():
+            with atomic_path(path) as aside:
+                aside.write_bytes(content)
+        return relative
+
+
+def _below(folder: str, path: str) -> str:
+    if path.startswith("/"):
+        raise BadSample("path_escape", f"{path!r} is not a path relative to the data root")
+    return f"{folder.rstrip('/')}/{path}" if folder else path
+
+
+def _is_frame(name: str) -> bool:
+    return name.lower().endswith(_FRAME_NAMES) and not name.startswith(".")
+
+
+def _natural(name: str) -> list:
+    """frame10 stands behind frame9."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _ending(content: bytes) -> str:
+    """The file name's ending, by the picture's header."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return {"JPEG": "jpg"}.get(image.format, image.format.lower())
+    except Exception as error:  # Pillow's readers raise nearly every type on hostile bytes
+        raise BadSample("corrupt_image", f"a picture inside the file: {type(error).__name__}: {error}") from None

@@ -1,0 +1,195 @@
+"""The finished data set: SFT shards, the RL file, what was left out and why, and a manifest; all of it or nothing."""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from umer1.annotation.answers import Fault
+from umer1.annotation.samples import SIDES, Broken, Sample, human_turn
+from umer1.atomic_directory import aside_path, publish
+from umer1.data.dataset import PairDataset
+from umer1.data.prompts import MARKERS
+from umer1.data.schema import Side
+from umer1.errors import UserError
+from umer1.files import write_json
+
+RL_FILE, FILTERED_FILE, MANIFEST_FILE = "rl.jsonl", "filtered.jsonl", "manifest.json"
+Respond = Callable[[Sample, str, Side], str | Fault]
+
+
+class Counts:
+    """Pairs read, kept and filtered by cause, for each data set."""
+
+    def __init__(self):
+        self.table: dict[str, dict[str, Any]] = {}
+
+    def add(self, dataset: str, what: str, cause: str | None = None) -> None:
+        row = self.table.setdefault(dataset, {"read": 0, "sft": 0, "rl": 0, "repeats_rl": 0, "filtered": Counter()})
+        row["read"] += 1
+        if cause is None:
+            row[what] += 1
+        else:
+            row["filtered"][cause] += 1
+
+    def total(self, what: str) -> int:
+        if what == "filtered":
+            return sum(row["filtered"].total() for row in self.table.values())
+        return sum(row[what] for row in self.table.values())
+
+    def lines(self) -> list[str]:
+        """For people, a line for each data set."""
+        found = []
+        for name, row in self.table.items():
+            causes = ", ".join(f"{cause} {count}" for cause, count in row["filtered"].most_common()) or "none"
+            kept = f"{row['sft']:,} for SFT, {row['rl']:,} for RL"
+            found.append(f"{name}: {row['read']:,} pairs read, {kept}; filtered: {causes}")
+        return found
+
+
+def publish_dataset(
+    destination: Path,
+    samples: Iterable[Sample | Broken],
+    respond: Respond,
+    rl: list[Sample],
+    *,
+    data_root: str | Path,
+    pairs_per_shard: int,
+    manifest: dict[str, Any],
+) -> Counts:
+    """Write everything beside `destination` and give it that name in one step.
+
+    respond: the response of a side, or why there is none.  Raises UserError when no SFT pair is left: nothing changes.
+    """
+    counts, aside = Counts(), aside_path(destination)
+    aside.mkdir(parents=True)
+    try:
+        drawn = {sample.content(): sample.id for sample in rl}
+        shards = _Shards(aside, pairs_per_shard)
+        with _lines(aside / FILTERED_FILE) as filtered:
+            for sample in samples:
+                record = _sft_record(sample, respond, drawn, counts, filtered)
+                if record is not None:
+                    shards.add(record)
+        shards.close()
+        if not shards.paths and not rl:
+            raise UserError("no pair is left: " + "; ".join(counts.lines()) + ". Nothing was written")
+        for path in shards.paths:
+            check_shard(path, data_root)
+        if rl:
+            with _lines(aside / RL_FILE) as file:
+                for sample in rl:
+                    file(rl_record(sample))
+        manifest |= {
+            "datasets": {name: {**row, "filtered": dict(row["filtered"])} for name, row in counts.table.items()}
+        }
+        manifest["rl_modalities"] = dict(Counter(sample.modality for sample in rl))
+        manifest["files"] = [_described(path) for path in sorted(aside.iterdir())]
+        write_json(aside / MANIFEST_FILE, manifest)
+        publish(aside, destination)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return counts
+
+
+def _sft_record(
+    sample: Sample | Broken,
+    respond: Respond,
+    drawn: dict[str, str],
+    counts: Counts,
+    filtered: Callable[[dict], None],
+) -> dict | None:
+    """The pair as the SFT file has it; None, counted and listed, when it goes elsewhere."""
+
+    def leave_out(cause: str, detail: str, side: str | None = None) -> None:
+        counts.add(sample.dataset, "filtered", cause)
+        filtered({"id": sample.id, "dataset": sample.dataset, "side": side, "cause": cause, "detail": detail})
+
+    if isinstance(sample, Broken):
+        leave_out(sample.cause, sample.detail)
+        return None
+    if (owner := drawn.get(sample.content())) is not None:
+        counts.add(sample.dataset, "rl" if owner == sample.id else "repeats_rl")
+        return None
+    record: dict[str, Any] = {"dataset_name": sample.dataset}
+    for name, side in sample.sides():
+        response = respond(sample, name, side)
+        if isinstance(response, Fault):
+            leave_out(response.cause, response.detail, name)
+            return None
+        turns = [{"from": "human", "value": human_turn(side)}, {"from": "gpt", "value": response}]
+        record[name] = _media(side) | {"conversations": turns}
+    counts.add(sample.dataset, "sft")
+    return record
+
+
+def _media(side: Side) -> dict[str, Any]:
+    """`image` and `video` as a data file has them; absent where there is none."""
+    found: dict[str, Any] = {}
+    if side.images:
+        found["image"] = side.images[0] if len(side.images) == 1 else list(side.images)
+    if side.videos:
+        found["video"] = list(side.videos[0]) if len(side.videos) == 1 else [list(frames) for frames in side.videos]
+    return found
+
+
+def rl_record(sample: Sample) -> dict[str, Any]:
+    """A pair as the RL file has it."""
+    record: dict[str, Any] = {"dataset": sample.modality, "dataset_name": sample.dataset}
+    for name, side in sample.sides():
+        media = _media(side)
+        record |= {f"{name}_text": side.text, f"{name}_image": media.get("image", "")}
+        record[f"{name}_video"] = media.get("video", [""])
+    return record | {"solution": sample.positive.text}
+
+
+class _Shards:
+    """sft-00000.jsonl, sft-00001.jsonl, ... of at most `size` pairs each."""
+
+    def __init__(self, folder: Path, size: int):
+        self.folder, self.size = folder, size
+        self.paths: list[Path] = []
+        self._file, self._held = None, 0
+
+    def add(self, record: dict) -> None:
+        if self._file is None or self._held == self.size:
+            self.close()
+            self.paths.append(self.folder / f"sft-{len(self.paths):05d}.jsonl")
+            self._file, self._held = open(self.paths[-1], "w", encoding="utf-8"), 0
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._held += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@contextmanager
+def _lines(path: Path):
+    """A function that writes a record as one line."""
+    with open(path, "w", encoding="utf-8") as file:
+        yield lambda record: file.write(json.dumps(record, ensure_ascii=True) + "\n")
+
+
+def check_shard(path: Path, data_root: str | Path) -> None:
+    """Read every pair back as training does: form, markers against media."""
+    pairs = PairDataset(path, data_root)
+    for index in range(len(pairs)):
+        pair = pairs.read(index)
+        for name, side in zip(SIDES, (pair.query, pair.positive), strict=True):
+            markers = MARKERS.findall(side.text)
+            assert markers == ["<image>"] * len(side.images) + ["<video>"] * len(side.videos), (path, index, name)
+    pairs.close()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with open(path, "rb") as file:
+        records = sum(1 for _ in file)
+    return {"name": path.name, "bytes": path.stat().st_size, "records": records, "sha256": digest}

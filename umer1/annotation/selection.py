@@ -1,0 +1,81 @@
+"""Which pairs are kept apart for RL: as many of image, video and document, drawn before anybody is asked."""
+
+import hashlib
+import heapq
+from collections.abc import Iterable
+
+from umer1.annotation.config import MODALITIES
+from umer1.annotation.samples import Broken, Sample
+from umer1.data.bad_samples import BadSample
+from umer1.data.media import MediaRoot
+
+
+class Selection:
+    """Draws `count` pairs by the hash of seed and content, so that neither order nor resumes matter.
+
+    Pairs of equal content are one: they all stay out of the SFT files when it is drawn, and stand once in the RL file.
+    """
+
+    def __init__(self, count: int, seed: int, media: MediaRoot):
+        self.count, self.seed, self.media = count, seed, media
+        # per modality the smallest hashes seen, as a heap with the largest on top: (-hash, content, sample)
+        self._heaps: dict[str, list[tuple[int, str, Sample]]] = {modality: [] for modality in MODALITIES}
+        self._held: dict[str, set[str]] = {modality: set() for modality in MODALITIES}
+
+    def scan(self, samples: Iterable[Sample | Broken]) -> int:
+        """Look at every pair once; how many there are, broken ones not counted."""
+        total = 0
+        for sample in samples:
+            if isinstance(sample, Sample):
+                total += 1
+                if self.count:
+                    self._offer(sample)
+        return total
+
+    def chosen(self) -> list[Sample]:
+        """The pairs, fewer where there are not enough; those whose media cannot be opened are left out."""
+        usable = {
+            modality: [sample for *_, sample in sorted(heap, reverse=True) if _has_media(sample, self.media)]
+            for modality, heap in self._heaps.items()
+        }
+        quotas = balanced_quotas({modality: len(found) for modality, found in usable.items()}, self.count)
+        return [sample for modality in MODALITIES for sample in usable[modality][: quotas[modality]]]
+
+    def _offer(self, sample: Sample) -> None:
+        content = sample.content()
+        heap, held = self._heaps[sample.modality], self._held[sample.modality]
+        if content in held:
+            return
+        rank = int.from_bytes(hashlib.blake2b(f"{self.seed}:{content}".encode(), digest_size=8).digest(), "big")
+        # the whole number of each: another modality may have too few
+        if len(heap) < self.count:
+            heapq.heappush(heap, (-rank, content, sample))
+        elif -rank > heap[0][0]:
+            held.discard(heapq.heapreplace(heap, (-rank, content, sample))[1])
+        else:
+            return
+        held.add(content)
+
+
+def balanced_quotas(there: dict[str, int], count: int) -> dict[str, int]:
+    """How many of each, as equal as what is there allows, `count` in all or everything."""
+    quotas = dict.fromkeys(there, 0)
+    left = min(count, sum(there.values()))
+    while left:
+        open_ones = [name for name in there if quotas[name] < there[name]]
+        for place, name in enumerate(open_ones):
+            share = -(-left // (len(open_ones) - place))
+            taken = min(share, there[name] - quotas[name])
+            quotas[name] += taken
+            left -= taken
+    return quotas
+
+
+def _has_media(sample: Sample, media: MediaRoot) -> bool:
+    try:
+        for _, side in sample.sides():
+            for path in (*side.images, *(path for frames in side.videos for path in frames)):
+                media.image_size(path)
+    except BadSample:
+        return False
+    return True
