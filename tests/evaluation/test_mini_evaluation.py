@@ -16,6 +16,7 @@ from umer1.evaluation.evaluate import _donated_thoughts, _reread, _Share, until_
 from umer1.evaluation.mini import main
 from umer1.evaluation.tasks import read_benchmark
 from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
+from umer1.inference.generate import GenerationConfig, generate
 from umer1.testing import run_distributed
 
 MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
@@ -52,7 +53,18 @@ def test_results_do_not_depend_on_the_number_of_ranks(root, tmp_path, capsys):
     assert one["tasks"]["mini-doc"]["metric"] == "ndcg@5"
     assert set(one["mean"]["pass@k"]) == {"1", "2"}
     assert set(one["mean"]["splits"]["answer"]) == {"seen", "unseen"}
-    assert set(one["mean"]["seconds_per_query"]) == {"disc", "gen"}
+    assert set(one["mean"]["seconds_per_query"]) == {"disc", "gen", "adaptive"}
+    assert set(one["mean"]["self_consistency"]) == {"1", "2"}
+    # scored again from the arrays, without a model: the same, and another price is another result
+    main(["--stored", str(tmp_path / "one"), "--output", str(tmp_path / "again"), "--seed", "0"])
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == one
+    main(
+        ["--stored", str(tmp_path / "one"), "--output", str(tmp_path / "dear"), "--adaptive-price", "1"]
+        + ["--adaptive-probes", "2"]
+    )
+    dear = json.loads((tmp_path / "dear" / "results.json").read_text())
+    assert dear["mean"]["adaptive"]["reasoned"]["value"] == pytest.approx(2 / 6)
+    assert dear["mean"]["score"]["gen"] == one["mean"]["score"]["gen"]
     # the base has never seen the response format
     assert one["mean"]["responses"]["format_rate"]["value"] == 0.0
     assert one["mean"]["responses"]["missing_gen_emb"]["value"] == 1.0
@@ -62,6 +74,27 @@ def test_disc_alone(root, tmp_path):
     run(root, tmp_path, "--modes", "disc")
     result = json.loads((tmp_path / "results.json").read_text())
     assert set(result["mean"]["score"]) == {"disc"} and "responses" not in result["mean"]
+
+
+def test_queries_that_do_not_reason_are_prefilled_alone(root):
+    """Who reasons gets the same response as if all did; the others their disc embedding and no token."""
+    settings = EngineConfig(model=str(MINI_BASE), fp32=True)
+    directory = open_directory(settings)
+    task = read_benchmark(root / "eval").tasks[0]
+    with init_distributed(settings.parallel()) as state:
+        engine = load_engine(settings, directory, make_processor(settings, directory), state)
+        prompts = [engine.processor.encode_prompt(q.text, q.images, [], MediaRoot(root)) for q in task.queries]
+        config, ids = GenerationConfig(max_new_tokens=12, max_sequences=4), [query.id for query in task.queries]
+        wanted = np.array([True, False, False, True, False, True])
+        everyone, some = (generate(engine, prompts, ids, config, (0.0,), mask) for mask in (None, wanted))
+        nobody = generate(engine, prompts, ids, config, (0.0, 0.0), np.zeros(6, dtype=bool))
+    for asked, full, part, none in zip(wanted, everyone, some, nobody, strict=True):
+        np.testing.assert_allclose(part.disc, full.disc, atol=1e-5)
+        np.testing.assert_allclose(none.disc, full.disc, atol=1e-5)
+        assert part.responses[0].token_ids == (full.responses[0].token_ids if asked else [])
+        assert [response.num_generated for response in none.responses] == [0, 0]
+        if asked:
+            np.testing.assert_allclose(part.responses[0].embedding, full.responses[0].embedding, atol=1e-5)
 
 
 def test_unusable_benchmarks_are_named(root, tmp_path):

@@ -48,10 +48,15 @@ def test_modes_oracle_and_splits():
         "disc": [1, 1, 0, 0],
         "gen": [0, 1, 1, 0],
         "oracle": [1, 1, 1, 0],
+        "adaptive": [1, 1, 0, 0],  # all are probes: both lists fused, equal ones in candidate order
+        "reasoned": [1, 1, 1, 1],
         "response": ["one", "two", "three", "four"],
     }
     values = {name: entry["value"] for name, entry in result["score"].items()}
+    assert (values.pop("adaptive"), values.pop("fused")) == (0.5, 0.5)
     assert values == {"disc": 0.5, "gen": 0.5, "oracle": 0.75, "empty_thoughts": 0.0, "shuffled_thoughts": 1.0}
+    assert result["adaptive"]["new_tokens"]["value"] == 4.0 and result["adaptive"]["oracle_reasoned"]["value"] == 0.25
+    assert {k: entry["value"] for k, entry in result["self_consistency"].items()} == {"1": 0.375, "2": 0.25}
     assert result["pass@k"]["1"]["value"] == pytest.approx((1.0 + 0.5) / 4)
     assert result["pass@k"]["2"]["value"] == pytest.approx(2 / 4)
     assert set(result["pass@k"]) == {"1", "2"}

@@ -69,7 +69,7 @@ def test_report_shows_the_numbers_of_the_result(tmp_path):
     text = (tmp_path / "results.txt").read_text()
     gen = made["tasks"]["doc"]["score"]["gen"]
     assert f"{100 * gen['value']:.1f} ±{100 * gen['stderr']:.1f}" in text
-    for words in ("ndcg@5", "k=4", "by hops", "gen, shuffled", "mean", "ms gen"):
+    for words in ("ndcg@5", "k=4", "by hops", "gen, shuffled", "mean", "ms gen", "always disc", "mean of k"):
         assert words in text
     assert json.loads((tmp_path / "results.json").read_text()) == made
     with Image.open(tmp_path / "results.png") as picture:
@@ -85,6 +85,7 @@ def test_compare_puts_models_side_by_side(tmp_path):
         ["umer1", "disc"],
         ["umer1", "gen"],
         ["umer1", "oracle"],
+        ["umer1", "adaptive"],
         ["dume", "disc"],
     ]
     assert f"{100 * two['mean']['score']['disc']['value']:.1f}" in lines[-1]

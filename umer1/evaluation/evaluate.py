@@ -15,7 +15,17 @@ from umer1.data.media import MediaRoot
 from umer1.data.prompts import has_format
 from umer1.data.schema import Sequence
 from umer1.errors import UserError
-from umer1.evaluation.modes import GenOutputs, ModeEmbeddings, TaskOutputs, derangement, reasoning_of, replace_thoughts
+from umer1.evaluation.adaptive import AdaptiveRule, adaptive_scores
+from umer1.evaluation.modes import (
+    AdaptiveTiming,
+    GenOutputs,
+    ModeEmbeddings,
+    TaskOutputs,
+    derangement,
+    reasoning_of,
+    replace_thoughts,
+)
+from umer1.evaluation.retrieval import similarity
 from umer1.evaluation.tasks import Task
 from umer1.inference.engine import Engine
 from umer1.inference.generate import GenerationConfig, Response, generate
@@ -31,6 +41,7 @@ class GenSettings:
     num_samples: int
     sample_temperature: float
     seed: int  # of who gets whose thoughts
+    adaptive: AdaptiveRule
 
 
 @dataclass(slots=True)
@@ -55,7 +66,10 @@ def run_task(engine: Engine, task: Task, media: MediaRoot, gen: GenSettings | No
     if gen is not None:
         _run_gen(engine, task, queries, candidates, gen, local)
     parts = gather_to_first(local, engine.state)
-    return _outputs(task, parts, gen) if parts else None
+    outputs = _outputs(task, parts, gen) if parts else None
+    if gen is not None:
+        _time_adaptive(engine, queries, gen, outputs)
+    return outputs
 
 
 def _prepare(engine: Engine, task: Task, items: list[Input], media: MediaRoot) -> _Share:
@@ -127,6 +141,24 @@ def _run_gen(
         or [[] for _ in texts],
     }
     local["candidates"]["gen"] = _rows([outcome.embedding("append") for outcome in targets], engine)
+
+
+def _time_adaptive(engine: Engine, queries: _Share, gen: GenSettings, outputs: TaskOutputs | None) -> None:
+    """Enter how long adaptive mode takes: each query is prefilled once, and those that reason go on from there.
+
+    The decisions are made beforehand, from the lists that are there by now; making them takes microseconds a query.
+    """
+    reasoned = None
+    if outputs is not None:
+        lists = (similarity(mode.queries, mode.candidates) for mode in (outputs.disc, outputs.gen.embeddings))
+        reasoned = adaptive_scores(*lists, gen.adaptive).reasoned
+    reasoned = share_with_all(reasoned, engine.state)[0]
+    wanted = reasoned[queries.positions]
+    _, seconds = _timed(lambda: generate(engine, queries.prompts, queries.ids, gen.generation, (0.0,), wanted))
+    parts = gather_to_first((queries.seconds + seconds, len(queries.positions)), engine.state)
+    if outputs is not None:
+        total, count = (sum(values) for values in zip(*parts, strict=True))
+        outputs.timing = AdaptiveTiming(reasoned, total / count)
 
 
 def is_well_formed(response: Response, text: str) -> bool:

@@ -3,13 +3,15 @@
     umer1 eval --benchmark mini --model DIR --output DIR
     torchrun --nproc-per-node 2 -m umer1.cli eval --benchmark mini --model DIR --output DIR
 
-Per task and as the mean over tasks: disc, gen, oracle (per query the better of the two), pass@k of sampled responses,
-length and format of the responses, the cosine between different thoughts of one input, and time per query on one copy
-of the model.  Queries are compared with candidates of their own mode.
+Per task and as the mean over tasks: disc, gen, oracle (per query the better of the two), adaptive (reason where it is
+worth its price, docs/adaptive.md), pass@k and self-consistency of sampled responses, length and format of the
+responses, the cosine between different thoughts of one input, and time per query on one copy of the model.  Queries
+are compared with candidates of their own mode.
 
 What the thoughts are worth: the greedy response is read again, teacher-forced, with its own summary but without
 reasoning (`empty`: `<think></think>` + what followed the thoughts) and with the reasoning of another query of the task
-(`shuffled`); the candidates keep theirs.  OUTPUT gets results.json, results.txt and results.png.
+(`shuffled`); the candidates keep theirs.  OUTPUT gets results.json, results.txt, results.png and, in `arrays`, the
+embeddings and responses, from which `--stored OUTPUT --output OTHER` scores again under another adaptive rule.
 """
 
 import time
@@ -24,9 +26,12 @@ from umer1.data.media import MediaRoot
 from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, init_distributed
 from umer1.errors import UserError
+from umer1.evaluation.adaptive import AdaptiveRule
+from umer1.evaluation.compare import read_result
 from umer1.evaluation.evaluate import GenSettings, run_task
 from umer1.evaluation.modes import mean_over_tasks, score_task
 from umer1.evaluation.report import evaluation_report, write_evaluation
+from umer1.evaluation.stored import arrays_path, load_outputs, save_outputs
 from umer1.evaluation.tasks import Benchmark, read_benchmark
 from umer1.files import make_folder
 from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
@@ -57,15 +62,32 @@ class EvalConfig:
     max_sequences: int = 1024
     """Most responses that are generated at once."""
     seed: int = 0
-    """Seed of the samples and of who gets whose thoughts."""
+    """Seed of the samples, of who gets whose thoughts and of who is a probe."""
+    adaptive_price: float = 0.1
+    """Adaptive mode reasons where it promises more than this gain in score; higher reasons less."""
+    adaptive_probes: int = 16
+    """Queries of a task that reason in any case, to calibrate adaptive mode without labels."""
+    adaptive_temperature: float = 0.05
+    """Temperature of the contrastive loss the model was trained with; calibration starts there."""
+    stored: str | None = None
+    """Directory of an earlier evaluation: its arrays are scored again (adaptive settings apply), no model is run."""
 
     def violations(self) -> list[str]:
         found = [] if self.output else ["--output is required"]
+        found += [f"adaptive rule: {problem}" for problem in self.rule().violations()]
         if self.num_samples < 0:
             found.append(f"num_samples={self.num_samples} must be 0 or above")
         if not self.sample_temperature > 0:
             found.append(f"sample_temperature={self.sample_temperature} must be above 0")
         return found + self.generation().violations()
+
+    def rule(self) -> AdaptiveRule:
+        return AdaptiveRule(
+            price=self.adaptive_price,
+            num_probes=self.adaptive_probes,
+            temperature=self.adaptive_temperature,
+            seed=self.seed,
+        )
 
     def generation(self) -> GenerationConfig:
         return GenerationConfig(
@@ -81,7 +103,7 @@ class EvalCommand:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def violations(self) -> list[str]:
-        return self.eval.violations() + self.engine.violations()
+        return self.eval.violations() + ([] if self.eval.stored else self.engine.violations())
 
 
 def main(argv: list[str]) -> None:
@@ -91,6 +113,9 @@ def main(argv: list[str]) -> None:
         return
     command = load_config(EvalCommand, argv)
     make_folder(command.eval.output)
+    if command.eval.stored:
+        _finish(score_stored(command.eval.stored, command.eval.rule()), command.eval.output)
+        return
     directory = open_directory(command.engine)
     processor = make_processor(command.engine, directory)
     with init_distributed(command.engine.parallel(), seed=command.eval.seed) as state:
@@ -98,10 +123,20 @@ def main(argv: list[str]) -> None:
         engine = load_engine(command.engine, directory, processor, state)
         result = evaluate(engine, benchmark, command.eval)
         if state.rank == 0:
-            result = {"model": command.engine.model, **result}
-            write_evaluation(result, command.eval.output)
-            print(evaluation_report(result), flush=True)
+            _finish({"model": command.engine.model, **result}, command.eval.output)
         state.barrier()
+
+
+def _finish(result: dict, output: str) -> None:
+    write_evaluation(result, output)
+    print(evaluation_report(result), flush=True)
+
+
+def score_stored(directory: str | Path, rule: AdaptiveRule) -> dict:
+    """The result of an earlier evaluation with every task scored again from its arrays under `rule`."""
+    result = read_result(directory)
+    sections = {name: score_task(load_outputs(arrays_path(directory, name)), rule) for name in result["tasks"]}
+    return {**result, "tasks": sections, "mean": mean_over_tasks(sections)}
 
 
 def _open_benchmark(config: EvalConfig, state: ParallelState) -> Benchmark:
@@ -126,6 +161,7 @@ def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict |
             num_samples=config.num_samples,
             sample_temperature=config.sample_temperature,
             seed=config.seed,
+            adaptive=config.rule(),
         )
     state = engine.state
     media = MediaRoot(benchmark.media_root)
@@ -135,8 +171,9 @@ def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict |
     for task in benchmark.tasks:
         outputs = run_task(engine, task, media, gen)
         if outputs is not None:
+            save_outputs(outputs, arrays_path(config.output, task.name))
             try:
-                sections[task.name] = score_task(outputs)
+                sections[task.name] = score_task(outputs, config.rule())
             except ValueError as error:
                 raise UserError(f"{task.name} cannot be scored: {error}; the model's weights may be damaged") from None
         progress.add(len(task.queries))

@@ -1,14 +1,23 @@
-"""From embeddings and responses of one task to its scores: disc, gen, oracle, pass@k and what the thoughts do.
+"""From embeddings and responses of one task to its scores: disc, gen, oracle, adaptive, pass@k, what the thoughts do.
 
 Pure numpy and text.  A right candidate is one index per query; the score of a query is the task's metric (`hit@1`, or
 `ndcg@5` for documents).  A query is compared with candidates of its own mode (disc with disc, gen with gen).
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from umer1.evaluation.adaptive import (
+    AdaptiveRule,
+    AdaptiveScores,
+    adaptive_scores,
+    choose_probes,
+    fuse,
+    mean_of_samples,
+    worth_reasoning,
+)
 from umer1.evaluation.retrieval import (
     estimate,
     hit_at_k,
@@ -20,8 +29,10 @@ from umer1.evaluation.retrieval import (
 )
 
 METRICS = ("hit@1", "ndcg@5")
-MODES = ("disc", "gen", "oracle")
-PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128)
+MODES = ("disc", "gen", "oracle", "adaptive")
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128)  # also how many samples self-consistency takes the mean of
+# Prices at which the curve is drawn: from everybody reasons (no confidence differs by more than 1) to the probes alone.
+CURVE_PRICES = (-1.0, -0.2, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 1.0)
 _THOUGHTS = re.compile(r"<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -50,6 +61,14 @@ class GenOutputs:
 
 
 @dataclass(slots=True)
+class AdaptiveTiming:
+    """One pass in adaptive mode, by the clock: prefill for all queries, a response for those that reason."""
+
+    reasoned: np.ndarray  # bool [Q]
+    seconds_per_query: float
+
+
+@dataclass(slots=True)
 class TaskOutputs:
     """What the model made of one task of Q queries and C candidates."""
 
@@ -58,12 +77,17 @@ class TaskOutputs:
     disc: ModeEmbeddings
     disc_seconds_per_query: float
     gen: GenOutputs | None = None  # None where only disc was run
+    timing: AdaptiveTiming | None = None  # None where adaptive mode was not timed
     groups: dict[str, list[str]] = field(default_factory=dict)  # split -> each query's group, "" for none
 
 
 def score_queries(metric: str, embeddings: ModeEmbeddings, labels: np.ndarray) -> np.ndarray:
     """The metric per query [Q]."""
-    scores = similarity(embeddings.queries, embeddings.candidates)
+    return score_lists(metric, similarity(embeddings.queries, embeddings.candidates), labels)
+
+
+def score_lists(metric: str, scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The metric per query [Q] of score lists [Q, C]."""
     if metric == "hit@1":
         return hit_at_k(label_ranks(scores, labels), 1)
     if metric == "ndcg@5":
@@ -110,14 +134,17 @@ def derangement(size: int, seed: int) -> np.ndarray:
     return other
 
 
-def score_task(task: TaskOutputs) -> dict:
+def score_task(task: TaskOutputs, rule: AdaptiveRule | None = None) -> dict:
     """The task's section of results.json; every score is an estimate with its standard error and count.
 
-    `score` (the task's metric) and `hit@1` hold disc, gen, oracle (per query the better of the two) and gen with
-    empty and with shuffled thoughts of the query, the candidates keeping their own; `splits` holds the modes by group;
-    `queries` has lists in the task's order: hit@1 in the modes, so that two models can be compared query by query, and
-    the greedy response.
+    `score` (the task's metric) and `hit@1` hold disc, gen, oracle (per query the better of the two), adaptive under
+    `rule` (its defaults if None), fused (both lists of every query) and gen with empty and with shuffled thoughts of
+    the query, the candidates keeping their own; `splits` holds the modes by group; `adaptive` says what the rule did
+    and `curve` what it would do at other prices; `self_consistency` scores means of k samples; `queries` has lists in
+    the task's order: hit@1 in the modes, so that two models can be compared query by query, whether adaptive mode
+    reasoned, and the greedy response.
     """
+    rule = AdaptiveRule() if rule is None else rule
     modes = {"disc": task.disc}
     edited = {}
     if task.gen is not None:
@@ -125,11 +152,15 @@ def score_task(task: TaskOutputs) -> dict:
         modes["gen"] = task.gen.embeddings
         edited["empty_thoughts"] = ModeEmbeddings(task.gen.empty_thoughts, candidates)
         edited["shuffled_thoughts"] = ModeEmbeddings(task.gen.shuffled_thoughts, candidates)
+        disc, gen = (similarity(mode.queries, mode.candidates) for mode in (task.disc, task.gen.embeddings))
+        chosen = adaptive_scores(disc, gen, rule)
+        lists = {"adaptive": chosen.scores, "fused": fuse(disc, gen, chosen.calibration)}
     per_query = {}
     for metric in dict.fromkeys((task.metric, "hit@1")):
         found = {name: score_queries(metric, embeddings, task.labels) for name, embeddings in modes.items()}
         if "gen" in found:
             found["oracle"] = np.maximum(found["disc"], found["gen"])
+            found |= {name: score_lists(metric, scores, task.labels) for name, scores in lists.items()}
         found |= {name: score_queries(metric, embeddings, task.labels) for name, embeddings in edited.items()}
         per_query[metric] = found
     result = {
@@ -147,10 +178,53 @@ def score_task(task: TaskOutputs) -> dict:
     }
     if task.gen is not None:
         result["seconds_per_query"]["gen"] = task.gen.seconds_per_query
+        # time belongs to the queries that reasoned when it was taken
+        if task.timing is not None and (task.timing.reasoned == chosen.reasoned).all():
+            result["seconds_per_query"]["adaptive"] = task.timing.seconds_per_query
+        result["adaptive"] = {
+            "rule": asdict(rule),
+            "calibration": asdict(chosen.calibration),
+            "reasoned": estimate(chosen.reasoned),
+            "oracle_reasoned": estimate(per_query[task.metric]["gen"] > per_query[task.metric]["disc"]),
+            "new_tokens": estimate(chosen.reasoned * task.gen.lengths),
+        }
+        result["curve"] = _curve(task, disc, gen, chosen, rule)
+        result["self_consistency"] = _self_consistency(task)
+        result["queries"]["reasoned"] = chosen.reasoned.astype(int).tolist()
         result["pass@k"] = _pass_at_k(task.gen, task.labels)
         result["responses"] = _responses(task.gen)
         result["queries"]["response"] = task.gen.texts
     return result
+
+
+def _curve(
+    task: TaskOutputs, disc: np.ndarray, gen: np.ndarray, chosen: AdaptiveScores, rule: AdaptiveRule
+) -> dict[str, dict]:
+    """By price: share that reasoned, new tokens a query, the score, and the score if gen's list were used unfused."""
+    fused = fuse(disc, gen, chosen.calibration)
+    probes = np.isin(np.arange(len(disc)), choose_probes(len(disc), rule))
+    points = {}
+    for price in CURVE_PRICES:
+        reasoned = worth_reasoning(disc, chosen.calibration, price) | probes
+        lists = {"score": np.where(reasoned[:, None], fused, disc), "unfused": np.where(reasoned[:, None], gen, disc)}
+        points[str(price)] = {
+            "reasoned": float(reasoned.mean()),
+            "new_tokens": float((reasoned * task.gen.lengths).mean()),
+            **{name: estimate(score_lists(task.metric, scores, task.labels)) for name, scores in lists.items()},
+        }
+    return points
+
+
+def _self_consistency(task: TaskOutputs) -> dict[str, dict]:
+    """By k: the task's metric of the mean of k sampled embeddings, averaged over the runs of k samples of a query."""
+    found = {}
+    for k in PASS_AT:
+        if k <= task.gen.samples.shape[1]:
+            means = mean_of_samples(task.gen.samples, k)
+            rows = ModeEmbeddings(means.reshape(-1, means.shape[-1]), task.gen.embeddings.candidates)
+            values = score_queries(task.metric, rows, np.repeat(task.labels, means.shape[1]))
+            found[str(k)] = estimate(values.reshape(means.shape[:2]).mean(axis=1))
+    return found
 
 
 def _by_group(names: list[str], per_query: dict[str, np.ndarray]) -> dict[str, dict]:
@@ -192,6 +266,19 @@ def mean_over_tasks(tasks: dict[str, dict]) -> dict:
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: merge([part[name] for part in parts if name in part]) for name in names}
 
-    sections = ("score", "hit@1", "pass@k", "responses", "splits", "seconds_per_query")
+    sections = ("score", "hit@1", "adaptive", "curve", "self_consistency")
+    sections += ("pass@k", "responses", "splits", "seconds_per_query")
     kept = [{name: task[name] for name in sections if name in task} for task in tasks.values()]
-    return merge(kept)
+    mean = merge(kept)
+    if "adaptive" in mean:
+        mean["adaptive"]["gap_recovered"] = gap_recovered(mean["score"])
+    return mean
+
+
+def gap_recovered(score: dict[str, dict]) -> float | None:
+    """The part of the oracle's lead over gen that adaptive mode has; None where the oracle leads by nothing.
+
+    Above 1 where both lists together find what neither finds alone; below 0 where adaptive mode is worse than gen.
+    """
+    gen, oracle, adaptive = (score[mode]["value"] for mode in ("gen", "oracle", "adaptive"))
+    return (adaptive - gen) / (oracle - gen) if oracle > gen else None

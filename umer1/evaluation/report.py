@@ -17,6 +17,8 @@ _SCORE_COLUMNS = {
     "disc": "disc",
     "gen": "gen",
     "oracle": "oracle",
+    "adaptive": "adaptive",
+    "fused": "both fused",
     "empty_thoughts": "gen, empty",
     "shuffled_thoughts": "gen, shuffled",
 }
@@ -48,12 +50,21 @@ def evaluation_report(result: dict) -> str:
     """Every number of one result as text: scores, pass@k and responses by task, then the splits."""
     sections = {**result["tasks"], "mean": result["mean"]}
     blocks = [_score_table(sections)]
+    if "adaptive" in result["mean"]:
+        blocks += [_adaptive_table(sections), _curve_table(result["mean"])]
     samples = sorted(int(k) for k in result["mean"].get("pass@k", {}))
     if samples:
         rows = [
             [name, *(percent(section["pass@k"].get(str(k))) for k in samples)] for name, section in sections.items()
         ]
         blocks.append(table(["pass@k of samples", *(f"k={k}" for k in samples)], rows))
+    means = sorted(int(k) for k in result["mean"].get("self_consistency", {}))
+    if means:
+        rows = [
+            [name, *(percent(section["self_consistency"].get(str(k))) for k in means)]
+            for name, section in sections.items()
+        ]
+        blocks.append(table(["mean of k samples", *(f"k={k}" for k in means)], rows))
     blocks.append(_response_table(sections))
     for split, groups in result["mean"]["splits"].items():
         rows = [
@@ -73,6 +84,43 @@ def _score_table(sections: dict[str, dict]) -> str:
         if metric not in ("", "hit@1"):
             rows.append(["", "hit@1", "", *(percent(section["hit@1"].get(column)) for column in _SCORE_COLUMNS)])
     return table(["task", "metric", "queries", *_SCORE_COLUMNS.values()], rows)
+
+
+def _adaptive_table(sections: dict[str, dict]) -> str:
+    """Who reasoned, what the oracle would have needed, the cost beside gen's, and the calibration."""
+    rows = []
+    for name, section in sections.items():
+        adaptive = section["adaptive"]
+        tokens = (section["responses"]["response_length"]["value"], adaptive["new_tokens"]["value"])
+        seconds = [section["seconds_per_query"].get(mode) for mode in ("disc", "gen", "adaptive")]
+        calibration = adaptive["calibration"]
+        rows.append(
+            [name, percent(adaptive["reasoned"]), percent(adaptive["oracle_reasoned"])]
+            + [f"{value:.1f}" for value in tokens]
+            + ["-" if value is None else f"{1000 * value:.2f}" for value in seconds]
+            + [f"{calibration[key]:.3f}" for key in ("disc_temperature", "gen_temperature", "gen_confidence")]
+        )
+    headers = ["adaptive", "reasoned", "oracle needs", "tokens gen", "adaptive", "ms disc", "gen", "adaptive"]
+    return table([*headers, "t disc", "t gen", "gen conf."], rows)
+
+
+def _curve_table(mean: dict) -> str:
+    """Adaptive mode over its price, as the mean over tasks; then its part of the oracle's lead over gen."""
+    points = [("always disc", 0.0, 0.0, mean["score"]["disc"], mean["score"]["disc"])]
+    for price, point in sorted(mean["curve"].items(), key=lambda item: -float(item[0])):
+        points.append((f"price {price}", point["reasoned"], point["new_tokens"], point["score"], point["unfused"]))
+    rows = [
+        [name, f"{100 * share:.1f}", f"{tokens:.2f}", percent(score), percent(unfused)]
+        for name, share, tokens, score, unfused in points
+    ]
+    rows.append(
+        ["oracle", percent(mean["adaptive"]["oracle_reasoned"]).split()[0], "", percent(mean["score"]["oracle"]), ""]
+    )
+    text = table(["curve of the mean", "reasoned", "new tokens", "score", "gen unfused"], rows)
+    recovered = mean["adaptive"]["gap_recovered"]
+    if recovered is None:
+        return text + "\nthe oracle does not lead gen"
+    return text + f"\nadaptive has {100 * recovered:.0f}% of the oracle's lead over gen"
 
 
 def _response_table(sections: dict[str, dict]) -> str:
@@ -137,16 +185,39 @@ def draw_bars(axes: "Axes", results: dict[str, dict]) -> None:
 
 
 def _evaluation_figure(result: dict) -> "Figure":
-    """The modes by task; beside them, where samples were drawn, pass@k of each task."""
-    with_samples = bool(result["mean"].get("pass@k"))
-    figure = new_figure(12 if with_samples else 8, 4.2)
-    if not with_samples:
-        draw_bars(figure.subplots(), {"": result})
-        return figure
-    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    draw_bars(left, {"": result})
-    draw_pass_at_k(right, {**result["tasks"], "mean": result["mean"]})
+    """The modes by task; beside them, where gen mode was run, score over cost and, with samples, pass@k."""
+    panels = [lambda axes: draw_bars(axes, {"": result})]
+    if "curve" in result["mean"]:
+        panels.append(lambda axes: draw_curve(axes, result["mean"]))
+    if result["mean"].get("pass@k"):
+        panels.append(lambda axes: draw_pass_at_k(axes, {**result["tasks"], "mean": result["mean"]}))
+    figure = new_figure(8 + 4.5 * (len(panels) - 1), 4.2)
+    grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=[2.0] + [1.1] * (len(panels) - 1))
+    for draw, axes in zip(panels, grid.flat, strict=True):
+        draw(axes)
     return figure
+
+
+def draw_curve(axes: "Axes", mean: dict) -> None:
+    """Score over the share of queries that reasoned: adaptive mode by price, between disc, gen and the oracle."""
+    score = {mode: 100 * entry["value"] for mode, entry in mean["score"].items()}
+    points = sorted(mean["curve"].values(), key=lambda point: point["reasoned"])
+    shares = [100 * point["reasoned"] for point in points]
+    axes.plot([0, 100], [score["disc"], score["gen"]], "k:", linewidth=1, label="chosen at random")
+    for key, label in (("score", "adaptive, by price"), ("unfused", "the same, gen's list alone")):
+        axes.plot(shares, [100 * point[key]["value"] for point in points], marker=".", linewidth=1, label=label)
+    adaptive = mean["adaptive"]
+    marks = {
+        "disc": (0.0, "s"),
+        "gen": (100.0, "s"),
+        "oracle": (100 * adaptive["oracle_reasoned"]["value"], "*"),
+        "adaptive": (100 * adaptive["reasoned"]["value"], "o"),
+    }
+    for mode, (share, marker) in marks.items():
+        axes.plot([share], [score[mode]], marker, markersize=8, linestyle="none", label=mode)
+    axes.set_xlabel("queries that reasoned, per cent")
+    axes.set_ylabel("score, per cent")
+    axes.legend(fontsize=7)
 
 
 def draw_pass_at_k(axes: "Axes", sections: dict[str, dict]) -> None:

@@ -81,9 +81,11 @@ def generate(
     ids: list[str],
     config: GenerationConfig,
     temperatures: tuple[float, ...] | None = None,
+    wanted: np.ndarray | None = None,
 ) -> list[Generated]:
     """One response per prompt and entry of `temperatures` (default: config.temperature alone).
 
+    `wanted` bool [len(prompts)]: the others are read for their disc embedding alone, their responses stay empty.
     `ids` name the prompts for seeding; response number i of a prompt is sample i of its id.  Every rank of the model's
     replica calls this with the same arguments and gets the same result.
     """
@@ -91,6 +93,8 @@ def generate(
     results: list[Generated | None] = [None] * len(prompts)
     for batch in generation_batches(engine, prompts, config, len(temperatures)):
         loop = Loop(engine, [prompts[i] for i in batch], [ids[i] for i in batch], config, temperatures)
+        if wanted is not None:
+            loop.state[np.repeat(~wanted[batch], len(temperatures))] = Loop.DEAD
         for index, generated in zip(batch, loop.run(), strict=True):
             results[index] = generated
     return results
