@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 # Bytes of one block's logits.  GPU, by arithmetic: at 8,192 rows 8,192 columns in fp32, a product of many waves of
-# tiles, and 5% of the logits in memory.  CPU, measured at [2048, 256] x [256, 32768] on one core: 1.7 s and 115 MiB
-# at 32 MiB, 1.9 s and 51 MiB at 4 MiB, 2.9 s and 341 MiB at 256 MiB, for fresh memory costs more than the products.
+# tiles, and 5% of the logits in memory.  CPU, measured once at [2048, 256] x [256, 32768], one thread of a busy
+# machine: 1.7 s and 115 MiB at 32 MiB, 1.9 s and 51 MiB at 4 MiB, 2.9 s and 341 MiB at 256 MiB.
 BLOCK_BYTES = 1 << 28
 CPU_BLOCK_BYTES = 1 << 25
 # Fewer columns than this starve a matrix product, however many rows there are.
