@@ -34,8 +34,8 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By chip and by bytes of an element.  Chosen by what the compiler reports for sm_90: `count` holds a tile and its masks,
-# and 128 x 128 spills registers, 128 x 64 too where the rollouts are no multiple of 16.  Not yet timed on a GPU.
+# By chip and by bytes of an element.  Chosen by what the compiler reports for sm_90: `count` holds a tile and its
+# masks, and spills registers with 128 x 128, with 128 x 64 too for rollouts that are no multiple of 16.  Not yet timed.
 CONFIGS = {
     ("any", 2): Config(64, 64, 64, 8, 4),
     ("any", 4): Config(64, 64, 32, 8, 4),
@@ -269,39 +269,40 @@ def rank_margin(
     out = torch.empty(sides, 3, rows, dtype=torch.float32, device=query.device)
     shape = {"ROWS": form.rows, "COLUMNS": form.columns, "DEPTH": form.depth, "UP": INTERPRETED}
     options = {"num_warps": form.num_warps, "num_stages": form.num_stages}
-    own_kernel[row_tiles, own_tiles(size, form)](query, target, own, rows, dimension, size, **shape, **options)
-    count_kernel[row_tiles, column_tiles](
-        query,
-        target,
-        query_valid,
-        target_valid,
-        ids,
-        own,
-        before,
-        others,
-        other_sum,
-        rows,
-        dimension,
-        size,
-        column_tiles,
-        BOTH=both,
-        **shape,
-        **options,
-    )
-    finish_kernel[triton.cdiv(rows, FINISH_BLOCK), sides](
-        query_valid,
-        target_valid,
-        own,
-        before,
-        others,
-        other_sum,
-        out,
-        rows,
-        size,
-        row_tiles,
-        column_tiles,
-        BLOCK=FINISH_BLOCK,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        own_kernel[row_tiles, own_tiles(size, form)](query, target, own, rows, dimension, size, **shape, **options)
+        count_kernel[row_tiles, column_tiles](
+            query,
+            target,
+            query_valid,
+            target_valid,
+            ids,
+            own,
+            before,
+            others,
+            other_sum,
+            rows,
+            dimension,
+            size,
+            column_tiles,
+            BOTH=both,
+            **shape,
+            **options,
+        )
+        finish_kernel[triton.cdiv(rows, FINISH_BLOCK), sides](
+            query_valid,
+            target_valid,
+            own,
+            before,
+            others,
+            other_sum,
+            out,
+            rows,
+            size,
+            row_tiles,
+            column_tiles,
+            BLOCK=FINISH_BLOCK,
+        )
     return out
 
 

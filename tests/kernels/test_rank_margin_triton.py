@@ -120,7 +120,7 @@ def test_what_is_not_finite_makes_no_reward_look_good(value):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("pairs,dimension", [(16, 1536), (256, 1536), (255, 1535)])
 def test_sizes_that_are_trained_equal_torch(pairs, dimension, dtype):
-    """Copies among the targets, so that there are ties between tiles; other similarities differ by more than round-off."""
+    """Copies among the targets, so that there are ties between tiles; few other similarities are that close."""
     rows = pairs * 8
     query, target = torch.nn.functional.normalize(torch.randn(2, rows, dimension, device=DEVICE), dim=-1).to(dtype)
     target = target[torch.randint(0, rows // 2, (rows,), device=DEVICE)]
