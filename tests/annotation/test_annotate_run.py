@@ -87,7 +87,9 @@ def test_run_again_asks_nothing_and_filters_anew(world):
     with Teacher() as teacher:
         main(flags(root, inputs, teacher.url))
         count, before = sum(teacher.asked.values()), len(dataset(root)[0])
+        (root / "out" / ".tmp-dataset-0123").mkdir()  # of a run that was killed while it wrote
         main(flags(root, inputs, teacher.url, "--max-repetition", "1"))
+        assert {path.name for path in (root / "out").iterdir()} == {"journal.jsonl", "dataset"}
         assert len(dataset(root)[0]) >= before > 0
         with pytest.raises(UserError, match="no pair is left.*over_length"):
             main(flags(root, inputs, teacher.url, "--max-summary-tokens", "1"))
@@ -213,6 +215,13 @@ def test_help_teaches(capsys):
     main(["--help"])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("vllm serve", "journal.jsonl", "--strip-box-markers", "--rl-pairs", "visrag"))
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more PAR1")
+    with pytest.raises(UserError, match="rows.parquet is no whole parquet file"):
+        main(flags(tmp_path, [{"layout": "visrag", "path": str(tmp_path / "rows.parquet")}], "http://127.0.0.1:9/v1"))
 
 
 def test_parquet_with_pictures_inside(tmp_path):

@@ -4,15 +4,16 @@ import random
 import time
 
 import pytest
-from data_tools import tiny_directory, write_picture
+from data_tools import tiny_directory, write_picture, write_records
 
 from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
 from umer1.annotation.client import Answer, Refused, seconds_of
-from umer1.annotation.config import FilterConfig
+from umer1.annotation.config import FilterConfig, InputFile
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
-from umer1.annotation.samples import side_key
+from umer1.annotation.samples import Broken, side_key
 from umer1.annotation.selection import balanced_quotas
+from umer1.annotation.sources import read_samples
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
 from umer1.errors import UserError
@@ -122,6 +123,38 @@ def test_journal_refuses_damage_and_a_second_writer(tmp_path):
 )
 def test_quotas(there, count, expected):
     assert tuple(balanced_quotas(dict(zip("ivd", there, strict=True)), count).values()) == expected
+
+
+ROWS = {
+    "mmeb": {"qry": "<|image_1|>\nRepresent it.", "qry_image_path": "i.png", "pos_text": ["t"], "pos_image_path": None},
+    "llavahound-caption": {"video": "v", "conversations": [{"value": "<video>\nwhat?"}, {"value": "rain"}]},
+    "llavahound-video": {"video": "v", "conversations": [{"value": "<video>\nwhat?"}, {"value": "rain"}]},
+    "vidore": {"query": "how much?", "image": {"bytes": None, "path": "i.png"}, "answer": "much"},
+    "vidore-page": {"query": "how much?", "image": "", "image_filename": "i.png"},
+    "visrag": {"query": "how much?", "image": "i.png", "source": "x"},
+}
+VIDEO = (("m/v/0.png", "m/v/1.png"),)
+SAMPLES = {
+    "mmeb": (Side("Represent it.", ("m/i.png",)), Side("t")),
+    "llavahound-caption": (Side("what?", videos=VIDEO), Side("rain")),
+    "llavahound-video": (Side("Q\nrain"), Side("T", videos=VIDEO)),
+    "vidore": (Side("how much?", ("m/i.png",)), Side("much")),
+    "vidore-page": (Side("Q\nhow much?"), Side("T", ("m/i.png",))),
+    "visrag": (Side("Q\nhow much?"), Side("T", ("m/i.png",))),
+}
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_layouts(tmp_path, layout):
+    for number in range(2):
+        write_picture(tmp_path, f"m/v/{number}.png", 28, 28)
+    path = write_records(tmp_path / "rows.json", [ROWS[layout], {"other": "columns"}])
+    words = {"query_text": "Q", "target_text": "T"} if "Q" in SAMPLES[layout][0].text else {}
+    inputs = [InputFile(layout=layout, path=str(path), media_folder="m", **words)]
+    library = Library(MediaRoot(tmp_path), num_frames=8, folder="embedded")
+    sample, broken = read_samples(inputs, library)
+    assert (sample.query, sample.positive) == SAMPLES[layout] and sample.dataset == "rows" and sample.id == "0:0"
+    assert isinstance(broken, Broken) and broken.cause == "bad_record"
 
 
 def test_frames_are_spread_in_natural_order(tmp_path):

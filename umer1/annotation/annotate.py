@@ -16,6 +16,7 @@ filters then given, at no cost.  docs/annotate.md tells more.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -76,6 +77,8 @@ class Annotation:
         self.judge = AnswerFilter.open(command.filters, config.tokenizer)
         settings = {name: getattr(command.teacher, name) for name in _ANSWER_SETTINGS}
         self.journal = Journal(Path(config.output) / JOURNAL_FILE, settings)
+        for left in Path(config.output).glob(f".*-{DATASET_FOLDER}-*"):  # by a run that was killed while it wrote
+            shutil.rmtree(left)
 
     def __enter__(self) -> "Annotation":
         return self

@@ -24,6 +24,7 @@ from umer1.data.bad_samples import BadSample
 from umer1.data.dataset import RecordFile
 from umer1.data.prompts import task_text
 from umer1.data.schema import Side
+from umer1.errors import UserError
 
 _ROWS_AT_ONCE = 64  # parquet rows may hold pictures
 _MMEB_MARKER = re.compile(r"<\|image_\d+\|>[ \t]*\n?")
@@ -74,9 +75,12 @@ def _json_rows(file: Path, library: Library) -> Iterator[dict | BadSample]:
 def _parquet_rows(file: Path) -> Iterator[dict]:
     import pyarrow.parquet  # an optional package; the configuration has asked for it
 
-    with pyarrow.parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-            yield from batch.to_pylist()
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{file} is no whole parquet file: {error}") from None
 
 
 class _Row:
