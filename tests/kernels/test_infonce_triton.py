@@ -9,8 +9,8 @@ import pytest
 import torch
 from infonce_cases import Case, random_case
 
+from umer1 import ops
 from umer1.device import device
-from umer1.ops import infonce
 
 pytest.importorskip("triton")
 from umer1_kernels import infonce  # noqa: E402
@@ -210,7 +210,7 @@ def plain_loss(case: Case, query: torch.Tensor, key: torch.Tensor, negative: tor
 
 @pytest.mark.parametrize("batch", range(2))
 def test_through_the_door(batch):
-    """`umer1.ops.infonce.infonce(..., impl="triton")`: the loss and the gradient of every input, by name."""
+    """`umer1.ops.infonce(..., impl="triton")`: the loss and the gradient of every input, by name."""
     for _ in range(20):
         seed = fresh_seed()
         hint = f"random_case({seed}, largest={LARGEST[0]})"
@@ -221,7 +221,7 @@ def test_through_the_door(batch):
         wanted = plain_loss(case, *exact)
         leaves = [value.to(device()).requires_grad_() for value in inputs]
         moved = on_device(case)
-        loss = infonce(
+        loss = ops.infonce(
             leaves[0],
             leaves[1],
             temperature=leaves[3],
@@ -259,7 +259,7 @@ def test_bf16_gradients_with_hard_negatives():
     query = torch.nn.functional.normalize(2 * center + torch.randn(1024, 1536, generator=draw), dim=1)
     key = torch.nn.functional.normalize(query + 0.01 * torch.randn(1024, 1536, generator=draw), dim=1)
     leaves = [rows.bfloat16().to(device()).requires_grad_() for rows in (query, key)]
-    gradients = torch.autograd.grad(infonce(*leaves, temperature=0.02, impl="triton"), leaves)
+    gradients = torch.autograd.grad(ops.infonce(*leaves, temperature=0.02, impl="triton"), leaves)
     exact = [rows.detach().double().requires_grad_() for rows in leaves]
     labels = torch.arange(1024, device=device())
     logits = exact[0] @ exact[1].T / 0.02
