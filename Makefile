@@ -3,18 +3,23 @@
 PYTHON ?= python3
 NPROC ?= 2
 BIN = .venv/bin
+TESTS = -m "not thorough"
 
-.PHONY: quickstart test lint setup perf gpu-check
+.PHONY: quickstart test test-thorough lint setup perf gpu-check
 setup: .venv/ready
 
-.venv/ready: requirements/cpu.txt requirements/cuda.txt requirements/rollout-cpu.txt pyproject.toml setup.py requirements/install.sh
+.venv/ready: requirements/cpu.txt requirements/cuda.txt requirements/rollout-cpu.txt pyproject.toml setup.py requirements/install.sh $(wildcard csrc/*)
 	PYTHON="$(PYTHON)" sh requirements/install.sh
 
 quickstart: setup
 	@NPROC=$(NPROC) $(BIN)/python examples/quickstart.py
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 $(TESTS) tests
+
+# All of the tests, the marked ones included.
+test-thorough:
+	$(MAKE) test TESTS=
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

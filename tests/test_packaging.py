@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Ahead of time, for GPUs that need not be here: what sm_90 is built for, the one before and the one after it.
-ARCHS = ("80", "90", "100")
+# Ahead of time, for GPUs that need not be here: the one that umer1 is built for, the one before and the one after it.
+ARCHS = [("90",), pytest.param(("80", "100"), marks=pytest.mark.thorough)]
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids=" ".join)
+def archs(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +35,10 @@ def build(tmp_path_factory, monkeypatch_module):
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module():
+def monkeypatch_module(archs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UMER1_CUDA", "1" if nvcc() else "0")
-        patch.setenv("UMER1_CUDA_ARCHS", " ".join(ARCHS))
+        patch.setenv("UMER1_CUDA_ARCHS", " ".join(archs))
         patch.delenv("UMER1_EXTENSION", raising=False)
         yield patch
 
@@ -80,7 +85,7 @@ def test_libraries_use_the_stable_abi_alone(build, tmp_path):
 
 
 @pytest.mark.skipif(nvcc() is None, reason="no nvcc")
-def test_cuda_kernels_spill_no_registers(build):
+def test_cuda_kernels_spill_no_registers(build, archs):
     """Every kernel for every GPU: registers, spills and shared memory as ptxas reports them."""
     reports = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -91,8 +96,8 @@ def test_cuda_kernels_spill_no_registers(build):
     for name, arch, stack, stores, loads, registers, shared in reports:
         print(f"sm_{arch} {registers:>3} registers {shared or 0:>4} B shared, {stack} B stack, {name}")
         assert (stack, stores, loads) == ("0", "0", "0"), f"sm_{arch} {name} spills"
-    kernels = {arch: [report[0] for report in reports if report[1] == arch] for arch in ARCHS}
-    assert len(kernels["90"]) >= 30 and len({len(names) for names in kernels.values()}) == 1, kernels
+    kernels = {arch: [report[0] for report in reports if report[1] == arch] for arch in archs}
+    assert min(map(len, kernels.values())) >= 30 and len({len(names) for names in kernels.values()}) == 1, kernels
 
 
 def test_a_build_that_cannot_be_says_why(tmp_path, monkeypatch):

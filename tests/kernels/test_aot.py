@@ -45,7 +45,7 @@ def problems(form: dict) -> list[str]:
     return [f"{form['module']}: {form['name']} for sm_{form['arch']}: {problem}" for problem in found]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.thorough) for arch in (80, 100))])
 def test_kernels_compile(arch):
     forms = compiled_forms(arch)
     for form in forms:

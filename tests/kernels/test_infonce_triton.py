@@ -131,7 +131,7 @@ def small_pieces(monkeypatch):
         monkeypatch.setattr(infonce, name, size)
 
 
-@pytest.mark.parametrize("batch", range(8))
+@pytest.mark.parametrize("batch", [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in range(1, 8))])
 def test_random_blocks(batch):
     check_random(50, LARGEST[0])
 

@@ -54,7 +54,7 @@ def assert_equals_reference(case: Case, got) -> int:
     return int((low != high).sum())
 
 
-@pytest.mark.parametrize("part", range(TESTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in range(1, TESTS))])
 def test_random_cases_equal_fp64(part):
     """Both sides from one launch; every 25th case has several tiles in either direction."""
     rankings = unclear = 0
