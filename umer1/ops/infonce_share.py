@@ -13,8 +13,8 @@ from umer1.ops import infonce_torch
 from umer1.ops.infonce_torch import Kept, Partials, merge
 
 KEPT_BYTES = 32 * 2**20
-"""Logits that stay between the two sweeps: all of them up to some 2,900 pairs.  More would save at most one product of
-four, and memory is what a large batch lacks."""
+"""Logits that stay between the two sweeps where they are no more than this, up to some 2,900 pairs: three products
+instead of four.  A part of them would save a part of one product, and memory is what a large batch lacks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,7 +151,9 @@ def local_share(problem: Problem) -> Share:
     if _is_small(problem):
         return _dense_share(problem)
     labels, rows = problem.own_labels(), Rows()
-    kept = Kept(KEPT_BYTES) if problem.with_gradients else None
+    entries = len(problem.query) * (len(problem.key) + len(problem.negatives))
+    all_fit = entries * problem.dtype.itemsize <= KEPT_BYTES
+    kept = Kept(KEPT_BYTES) if problem.with_gradients and all_fit else None
     symmetric = problem.sweep(problem.key, labels, problem.key_ids, symmetric=True, kept=kept)
     rows.add(symmetric)
     kept_negatives = Kept(kept.budget) if kept else None
