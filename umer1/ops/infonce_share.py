@@ -118,8 +118,8 @@ def row_terms(rows: Partials, column_max: torch.Tensor, column_sum: torch.Tensor
     by_row = (rows.positive - rows.row_max) - rows.row_sum.log()
     by_column = (rows.positive - column_max) - column_sum.log()
     gradient = torch.expm1(by_column)
-    if counts is not None:
-        gradient = gradient * counts + (counts - 1)
+    if counts is not None:  # count * P - 1: where several rows share a positive, each P is near 1 / count instead of 1
+        gradient = torch.where(counts > 1, counts * by_column.exp() - 1, gradient)
     gradient += torch.expm1(by_row)
     return Terms(-(by_row.sum() + by_column.sum()), rows.row_max + rows.row_sum.log(), gradient)
 
