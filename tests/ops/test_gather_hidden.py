@@ -1,5 +1,6 @@
 """Gather of hidden states: plain torch and the compiled form against fp64, forward and both gradients by name."""
 
+import math
 import random
 
 import pytest
@@ -104,7 +105,9 @@ def check_case(seed: int, device: str) -> None:
             want, scale = exact[name], terms[name].norm().item()
             assert value.dtype == usual[name].dtype and value.shape == usual[name].shape
             error, allowed = ((other.double() - want).norm().item() for other in (value, usual[name]))
-            floor = 2 * torch.finfo(value.dtype).eps * scale + torch.finfo(value.dtype).smallest_normal
+            # Sums of a row's squares in another order; for fp64 plain torch is the truth itself and has no error to allow.
+            steps = 2 + math.log2(hidden.shape[-1]) / 2
+            floor = steps * torch.finfo(value.dtype).eps * scale + torch.finfo(value.dtype).smallest_normal
             assert error <= 2 * allowed + floor, (
                 f"seed {seed} {device} {impl} {name}: {error:.2e} from fp64, plain torch {allowed:.2e}, "
                 f"scale {scale:.2e}, {hidden.dtype} {tuple(hidden.shape)} -> {len(index)}, "
