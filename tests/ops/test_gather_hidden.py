@@ -105,7 +105,7 @@ def check_case(seed: int, device: str) -> None:
             want, scale = exact[name], terms[name].norm().item()
             assert value.dtype == usual[name].dtype and value.shape == usual[name].shape
             error, allowed = ((other.double() - want).norm().item() for other in (value, usual[name]))
-            # Sums of a row's squares in another order; for fp64 plain torch is the truth itself and has no error to allow.
+            # A row's squares add up in another order; for fp64 plain torch is the truth itself, with no error to allow.
             steps = 2 + math.log2(hidden.shape[-1]) / 2
             floor = steps * torch.finfo(value.dtype).eps * scale + torch.finfo(value.dtype).smallest_normal
             assert error <= 2 * allowed + floor, (
