@@ -70,22 +70,18 @@ def compare(seed: int, largest: int) -> None:
     largest_logit /= temperature
     assert got["loss"].dtype == working
     for name, value in want.items():
-        terms = value.norm().item() + cancelling(name, tensors, temperature)
-        floor = 4 * EPSILON[working] * (1 + largest_logit) * terms
+        # In fp64 the reference is no more exact than what is tested: both round.
+        terms, sides = value.norm().item() + tiny_scale(name, tensors), 2 if working == torch.float64 else 1
+        floor = 4 * sides * EPSILON[working] * (1 + largest_logit) * terms
         floor += EPSILON[got[name].dtype] / 2 * value.norm().item()
         error = distance(plain[name], value)
         limit = max(2 * error, floor) if math.isfinite(error) else floor
         assert distance(got[name], value) <= limit, f"{name}: {distance(got[name], value):.3e} > {limit:.3e}; {about}"
 
 
-def cancelling(name: str, tensors: dict, temperature: float) -> float:
-    """Norm of the terms that may cancel in a result: a loss of 1 a row; for gradients, B rows of embeddings / (B t)."""
-    if name in ("loss", "d temperature"):
-        return 1.0
-    longest = max(rows.double().norm(dim=1).max().item() for key, rows in tensors.items() if key != "temperature")
-    return longest / (temperature * len(tensors["query"]) ** 0.5) + max(
-        rows.abs().max().item() for rows in tensors.values()
-    )
+def tiny_scale(name: str, tensors: dict) -> float:
+    """What terms that cancel in a result are made of: a loss of 1 a row, slopes of 1 / 2B times the embeddings / t."""
+    return 1.0 if name in ("loss", "d temperature") else max(rows.abs().max().item() for rows in tensors.values())
 
 
 @pytest.mark.parametrize("part", range(5))

@@ -2,6 +2,7 @@
 
 import torch
 
+from umer1.device import has_cuda, synchronize
 from umer1.ops import gather_hidden_compiled, gather_hidden_torch
 from umer1.ops.dispatch import Impl, choose
 from umer1.ops.extension import extension_obstacle, take_bad_index
@@ -114,8 +115,8 @@ def find_rows(token_ids: torch.Tensor, token_id: int, max_rows: int) -> tuple[to
 
 def check_gathers() -> None:
     """Wait for the device and raise IndexError if a gather on CUDA met an index out of range since the last check."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if has_cuda():
+        synchronize()
         _raise_bad_index()
 
 
