@@ -21,10 +21,12 @@ ALLOWED = {
     "data": BASE | {"models"},
     "inference": BASE | {"distributed", "models", "checkpoints", "data"},
     "rl": BASE | {"ops", "distributed", "models", "checkpoints", "data", "inference"},
-    "evaluation": BASE | {"distributed", "models", "data", "inference"},
-    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
-    "annotation": BASE | {"data"},
-    "conversion": BASE | {"distributed", "models", "checkpoints", "training"},
+    "evaluation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl"},
+    "mining": BASE | {"distributed", "models", "checkpoints", "data", "inference", "evaluation"},
+    "sharing": BASE | {"distributed", "models", "checkpoints", "data", "inference"},
+    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation", "sharing"},
+    "annotation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl", "evaluation"},
+    "conversion": BASE | {"distributed", "models", "checkpoints", "training", "sharing"},
     "cli": {"errors"},
 }
 # Packages that one folder alone may import.
