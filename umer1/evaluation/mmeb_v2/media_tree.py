@@ -1,0 +1,104 @@
+"""The media below a data root: what exists, by one scan a folder, and which frames of a saved video are shown.
+
+A path that an annotation names is not trusted: one that is absolute, climbs out, or leads out of the root through a
+link counts as missing, as opening it would fail (data/media.py).
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from umer1.data.bad_samples import BadSample
+from umer1.data.media import MediaRoot
+from umer1.evaluation.mmeb_v2.types import Item
+
+FRAME_NAMES = (".jpg", ".jpeg", ".png")  # what the reference evaluation takes for a frame
+
+
+class MediaTree:
+    """Folders below `root`, each listed once and remembered as long as the tree lives: one tree a task."""
+
+    def __init__(self, root: str | Path):
+        self.media = MediaRoot(root)
+        self.root = self.media.root
+        self._folders: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+
+    def has_file(self, path: str) -> bool:
+        path = clean(path)
+        folder, _, name = path.rpartition("/")
+        return name in self._scan(folder)[0]
+
+    def has_folder(self, path: str) -> bool:
+        path = clean(path)
+        folder, _, name = path.rpartition("/")
+        return name in self._scan(folder)[1]
+
+    def files(self, folder: str) -> list[str]:
+        """Names of a folder's files in natural order; none where there is no such folder."""
+        return sorted(self._scan(clean(folder))[0], key=_natural)
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of a folder's folders in natural order; none where there is no such folder."""
+        return sorted(self._scan(clean(folder))[1], key=_natural)
+
+    def frames(self, folder: str, num_frames: int | None) -> tuple[str, ...]:
+        """Paths of a saved video's frames: `num_frames` evenly spaced ones, all where there are fewer or None is given.
+
+        The places are numpy's linspace from the first to the last frame, cut to integers, as the reference has them.
+        """
+        folder = clean(folder)
+        names = [name for name in self.files(folder) if name.lower().endswith(FRAME_NAMES)]
+        if num_frames is not None and num_frames <= len(names):
+            names = [names[place] for place in np.linspace(0, len(names) - 1, num_frames, dtype=int)]
+        return tuple(f"{folder}/{name}" for name in names)
+
+    def image_item(self, text: str, paths: Iterable[str]) -> Item:
+        """An item with pictures, each path relative to the root."""
+        paths = [clean(path) or path for path in paths]
+        missing = tuple(path for path in paths if not self.has_file(path))
+        return Item(text.strip(), images=tuple(path for path in paths if path not in missing), missing=missing)
+
+    def video_item(self, text: str, folder: str, num_frames: int | None, video: str | None = None) -> Item:
+        """An item with a video's frames out of `folder`; `video` is the file that is named where there are none."""
+        frames = self.frames(folder, num_frames)
+        return Item(text.strip(), video=frames, missing=() if frames else (video or clean(folder) or folder,))
+
+    def _scan(self, folder: str) -> tuple[frozenset[str], frozenset[str]]:
+        """(files, folders) of a folder: names; both empty where it cannot be read."""
+        found = self._folders.get(folder)
+        if found is None:
+            found = self._folders[folder] = self._read(folder)
+        return found
+
+    def _read(self, folder: str) -> tuple[frozenset[str], frozenset[str]]:
+        files, folders = set(), set()
+        try:
+            with os.scandir(self.media.resolve(folder) if folder else self.root) as entries:
+                for entry in entries:
+                    if entry.is_symlink() and not self._inside(f"{folder}/{entry.name}" if folder else entry.name):
+                        continue
+                    (folders if entry.is_dir() else files).add(entry.name)
+        except (BadSample, OSError):
+            pass  # no such folder, or none that may be read: it holds nothing, and its files are reported as missing
+        return frozenset(files), frozenset(folders)
+
+    def _inside(self, path: str) -> bool:
+        try:
+            return os.path.exists(self.media.resolve(path))
+        except BadSample:
+            return False
+
+
+def clean(path: str) -> str:
+    """A relative path with single slashes and no dots; "" for one that is absolute or climbs."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return "" if path.startswith("/") or ".." in parts or "\0" in path else "/".join(parts)
+
+
+def _natural(name: str) -> tuple[list, str]:
+    """frame10 stands behind frame9; letters without regard to case."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part.lower() for place, part in enumerate(parts)], name
