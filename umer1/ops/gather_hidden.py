@@ -6,6 +6,7 @@ from umer1.device import has_cuda, synchronize
 from umer1.ops import gather_hidden_compiled, gather_hidden_torch
 from umer1.ops.dispatch import Impl, choose
 from umer1.ops.extension import extension_obstacle, take_bad_index
+from umer1.ops.gather_hidden_torch import Gather
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,21 +45,26 @@ def gather_hidden(
     """
     _check(hidden, index, norm_weight, eps, offset, total)
     chosen = _implementation(hidden.device, impl)
-    steps_batch = hidden if hidden.dim() == 3 else hidden[:, None]
-    if total is None:
-        total = steps_batch.shape[0] * steps_batch.shape[1]
-    if hidden.device.type == "cpu":
+    rows = hidden.shape[:-1].numel()
+    total = rows if total is None else total
+    looked_at = hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at:
         _check_values(index, total)
+    gather = Gather(
+        hidden=hidden if hidden.dim() == 3 else hidden[:, None],
+        index=index,
+        norm_weight=norm_weight,
+        eps=eps,
+        l2_normalize=l2_normalize,
+        offset=offset,
+        total=total,
+        all_here=looked_at and total == rows,
+    )
     if chosen == "torch":
-        return gather_hidden_torch.gather_rows(steps_batch, index, norm_weight, eps, l2_normalize, offset, total)
+        return gather_hidden_torch.gather_rows(gather)
     if chosen == "cuda":
         _raise_bad_index()
-    if steps_batch.stride(-1) != 1:
-        steps_batch = steps_batch.contiguous()
-    if norm_weight is not None:
-        norm_weight = norm_weight.contiguous()
-    index = index.contiguous()
-    return gather_hidden_compiled.gather_rows(steps_batch, index, norm_weight, eps, l2_normalize, offset, total)
+    return gather_hidden_compiled.gather_rows(gather)
 
 
 def gather_hidden_at(
@@ -169,8 +175,6 @@ def _check(hidden, index, norm_weight, eps, offset, total) -> None:
 
 
 def _check_values(index: torch.Tensor, total: int) -> None:
-    if torch.compiler.is_compiling():
-        return
     low, high = (int(value) for value in index.aminmax())
     if low < 0 or high >= total:
         bad = low if low < 0 else high

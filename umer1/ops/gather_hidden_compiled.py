@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from umer1.ops.extension import load_extension
+from umer1.ops.gather_hidden_torch import Gather
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -69,17 +70,23 @@ def register() -> None:
     torch.library.register_autograd("umer1::gather_rows", _backward, setup_context=_setup_context)
 
 
-def gather_rows(
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    l2_normalize: bool,
-    offset: int,
-    total: int,
-) -> torch.Tensor:
-    """hidden [S, B, H] with columns side by side, index int64 [N]: rows [N, H].  `register()` has been called."""
+def gather_rows(gather: Gather) -> torch.Tensor:
+    """Rows [N, H], see umer1.ops.gather_hidden.  `register()` has been called."""
+    hidden, norm_weight = gather.hidden, gather.norm_weight
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    if norm_weight is not None:
+        norm_weight = norm_weight.contiguous()
     inputs = [hidden] if norm_weight is None else [hidden, norm_weight]
-    normalized = norm_weight is not None or l2_normalize
+    normalized = norm_weight is not None or gather.l2_normalize
     keep_rows = normalized and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    return torch.ops.umer1.gather_rows(hidden, index, norm_weight, eps, l2_normalize, keep_rows, offset, total)[0]
+    return torch.ops.umer1.gather_rows(
+        hidden,
+        gather.index.contiguous(),
+        norm_weight,
+        gather.eps,
+        gather.l2_normalize,
+        keep_rows,
+        gather.offset,
+        gather.total,
+    )[0]
