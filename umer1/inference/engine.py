@@ -207,6 +207,8 @@ class Engine:
         if self.state.is_first_stage and any(len(sequence.grid_thw) for sequence in sequences):
             vision["pixel_values"] = torch.cat([s.pixel_values for s in sequences]).to(self.state.device)
             vision["grid_thw"] = torch.cat([s.grid_thw for s in sequences]).to(self.state.device)
+        if self.state.is_first_stage:
+            vision["vision_rows"] = self._vision_rows(sequences, bounds).to(self.state.device)
         hidden = self._run(
             torch.cat([sequence.input_ids for sequence in sequences]),
             torch.cat([sequence.position_ids for sequence in sequences], dim=1),
@@ -216,6 +218,12 @@ class Engine:
             **vision,
         )
         return hidden, bounds[:-1].tolist()
+
+    def _vision_rows(self, sequences: list[Sequence], bounds: np.ndarray) -> torch.Tensor:
+        """int64 [n]: the rows of the packed sequences that pictures fill; pads in a response are no spans."""
+        pads = torch.tensor([self.special.image_pad, self.special.video_pad])
+        rows = [torch.isin(s.input_ids[: s.prompt_length], pads).nonzero().flatten() for s in sequences]
+        return torch.cat([found + int(start) for found, start in zip(rows, bounds[:-1], strict=True)])
 
     def _run(
         self,

@@ -1,5 +1,6 @@
 """What the copies of the model (data parallelism) and the ranks of one copy tell each other as Python objects."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +42,12 @@ def gather_to_first(value: Any, state: ParallelState) -> list[Any]:
         return [value]
     leads = state.tp_rank == 0 and state.pp_rank == 0
     parts: list[Any] | None = [None] * state.world_size if state.rank == 0 else None
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    dist.gather_object((state.dp_rank, value) if leads else None, parts, dst=0, group=group)
+    dist.gather_object((state.dp_rank, value) if leads else None, parts, dst=0, group=_cpu_group(dist.group.WORLD))
     by_replica = dict(part for part in parts or [] if part is not None)
     return [by_replica[number] for number in sorted(by_replica)]
+
+
+@cache
+def _cpu_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group of all ranks, made once for a default group; collective."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
