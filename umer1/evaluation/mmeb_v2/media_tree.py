@@ -13,7 +13,9 @@ import numpy as np
 
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
+from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.types import Item
+from umer1.files import atomic_path
 
 FRAME_NAMES = (".jpg", ".jpeg", ".png")  # what the reference evaluation takes for a frame
 
@@ -24,7 +26,7 @@ class MediaTree:
     def __init__(self, root: str | Path):
         self.media = MediaRoot(root)
         self.root = self.media.root
-        self._folders: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+        self._folders: dict[str, tuple[set[str], set[str]]] = {}
 
     def has_file(self, path: str) -> bool:
         path = clean(path)
@@ -66,14 +68,25 @@ class MediaTree:
         frames = self.frames(folder, num_frames)
         return Item(text.strip(), video=frames, missing=() if frames else (video or clean(folder) or folder,))
 
-    def _scan(self, folder: str) -> tuple[frozenset[str], frozenset[str]]:
+    def write(self, path: str, content: bytes) -> None:
+        """Put a file in its place, whole or not at all.  UserError where that leads out of the root or cannot be."""
+        path = clean(path)
+        folder, _, name = path.rpartition("/")
+        try:
+            with atomic_path(self.media.resolve(path)) as aside:
+                aside.write_bytes(content)
+        except (BadSample, OSError) as error:
+            raise UserError(f"{self.root}/{path} cannot be written: {error}") from None
+        self._scan(folder)[0].add(name)
+
+    def _scan(self, folder: str) -> tuple[set[str], set[str]]:
         """(files, folders) of a folder: names; both empty where it cannot be read."""
         found = self._folders.get(folder)
         if found is None:
             found = self._folders[folder] = self._read(folder)
         return found
 
-    def _read(self, folder: str) -> tuple[frozenset[str], frozenset[str]]:
+    def _read(self, folder: str) -> tuple[set[str], set[str]]:
         files, folders = set(), set()
         try:
             with os.scandir(self.media.resolve(folder) if folder else self.root) as entries:
@@ -83,7 +96,7 @@ class MediaTree:
                     (folders if entry.is_dir() else files).add(entry.name)
         except (BadSample, OSError):
             pass  # no such folder, or none that may be read: it holds nothing, and its files are reported as missing
-        return frozenset(files), frozenset(folders)
+        return files, folders
 
     def _inside(self, path: str) -> bool:
         try:
