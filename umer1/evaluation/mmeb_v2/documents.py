@@ -48,8 +48,8 @@ _OUT_OF_DOMAIN = {  # local name, hub's name
     "MMLongBench-doc": ("MMLongBench-doc", "MMLongBench-doc"),
 }
 _PAGES_NOTE = (
-    "the published scores are of the files before November 2025, whose page numbers were wrong; scores on the corrected "
-    "data set, VLM2Vec/{}, cannot be compared with them"
+    "the published scores are of the files before November 2025, whose page numbers were wrong; scores on the "
+    "corrected data set, VLM2Vec/{}, cannot be compared with them"
 )
 
 
