@@ -147,6 +147,32 @@ def test_price_moves_from_everybody_to_the_probes():
     assert counts == sorted(counts, reverse=True) and counts[0] == 40 and counts[-1] == 4
 
 
+def test_pools_of_their_own_are_padded():
+    """Lists cut to each query's own candidates: as if every query were a task with the calibration of all."""
+    rng = np.random.default_rng(FRESH)
+    disc, gen = lists(rng, 40, 12)
+    sizes = rng.integers(1, 13, size=40)
+    padding = np.arange(12) >= sizes[:, None]
+    disc[padding] = gen[padding] = -np.inf
+    found = adaptive_scores(disc, gen, RULE)
+    probes = choose_probes(40, RULE)
+    assert found.reasoned[probes].tolist() == (sizes[probes] > 1).tolist(), f"seed {FRESH}"
+    evidence = sum(
+        math.log(size * sum(a * b for a, b in zip(softmax(d[:size], 0.05), softmax(g[:size], 0.05), strict=True)))
+        for d, g, size in zip(disc.tolist(), gen.tolist(), sizes, strict=True)
+    )
+    assert agreement(beliefs(disc, 0.05), beliefs(gen, 0.05)) == pytest.approx(evidence), f"seed {FRESH}"
+    for q, size in enumerate(sizes):
+        own = adaptive_scores(disc[q : q + 1, :size], gen[q : q + 1, :size], RULE, found.calibration)
+        if q not in probes:
+            assert own.reasoned[0] == found.reasoned[q], f"seed {FRESH}, query {q}"
+            np.testing.assert_allclose(found.scores[q, :size], own.scores[0])
+        assert np.isneginf(found.scores[q, size:]).all()
+    gen[probes[0], 0] = -np.inf
+    with pytest.raises(ValueError, match="not finite at the same candidates"):
+        adaptive_scores(disc, gen, RULE)
+
+
 def test_one_candidate_needs_no_reasoning():
     found = adaptive_scores(np.ones((3, 1)), np.ones((3, 1)), RULE)
     assert not found.reasoned.any() and confidence(np.zeros((3, 1)), 0.05).tolist() == [1.0] * 3

@@ -9,6 +9,8 @@ takes a label, so none can see one.  docs/adaptive.md has the rule, why it was c
 
 A few queries of a task, the probes, reason in any case and pay for it.  Their two lists calibrate the temperatures:
 both look for the same unknown candidate, so the temperatures are right where both agree as often as they say.
+
+Where queries have pools of their own, of different sizes, lists are padded with -inf: no candidate stands there.
 """
 
 from dataclasses import dataclass
@@ -61,15 +63,15 @@ class AdaptiveScores:
 
 
 def beliefs(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Logarithms [Q, C] (float64) of softmax(scores / temperature) over the candidates.
+    """Logarithms [Q, C] (float64) of softmax(scores / temperature) over the candidates, -inf where there is none.
 
     ValueError where `scores` [Q, C] hold no candidate or a number that is not finite: it would rank by accident.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores of shape {scores.shape} are not [queries, candidates] with a candidate at least")
-    if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    bad = np.flatnonzero((np.isnan(scores) | np.isposinf(scores)).any(axis=1) | np.isneginf(scores).all(axis=1))
+    if bad.size:
         raise ValueError(f"scores of queries {bad[:8].tolist()} are not finite")
     logits = (scores - scores.max(axis=1, keepdims=True)) / temperature
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -87,15 +89,27 @@ def choose_probes(num_queries: int, rule: AdaptiveRule) -> np.ndarray:
 
 
 def agreement(disc: np.ndarray, gen: np.ndarray) -> float:
-    """Log-evidence that both `beliefs` [Q, C] (logarithms) look for one candidate: sum_q log(C sum_c p_disc p_gen).
+    """Log-evidence that both `beliefs` [Q, C] (logarithms) look for one candidate: sum_q log(C_q sum_c p_disc p_gen).
 
-    0 where one of them says nothing.  A list that is too sure loses by disagreeing, one that is too shy by not saying
-    where it agrees, so its maximum over temperatures needs no label.
+    C_q candidates of the query; 0 where one of the lists says nothing.  A list that is too sure loses by disagreeing,
+    one that is too shy by not saying where it agrees, so its maximum over temperatures needs no label.
     """
     both = disc + gen
     top = both.max(axis=1, keepdims=True)
     together = top[:, 0] + np.log(np.exp(both - top).sum(axis=1))
-    return float((together + np.log(disc.shape[1])).sum())
+    return float((together + np.log(_num_candidates(disc))).sum())
+
+
+def _num_candidates(lists: np.ndarray) -> np.ndarray:
+    """[Q], of scores or beliefs [Q, C]."""
+    return (~np.isneginf(lists)).sum(axis=1)
+
+
+def _same_pools(disc: np.ndarray, gen: np.ndarray) -> None:
+    """ValueError where one list [Q, C] has a candidate that the other lacks."""
+    differ = np.flatnonzero((np.isneginf(disc) != np.isneginf(gen)).any(axis=1))
+    if differ.size:
+        raise ValueError(f"scores of queries {differ[:8].tolist()} are not finite at the same candidates in both lists")
 
 
 def calibrate(disc: np.ndarray, gen: np.ndarray, temperature: float) -> Calibration:
@@ -108,6 +122,7 @@ def calibrate(disc: np.ndarray, gen: np.ndarray, temperature: float) -> Calibrat
         raise ValueError(
             f"disc {np.shape(disc)} and gen {np.shape(gen)} must be lists of the same queries, one or more"
         )
+    _same_pools(disc, gen)
     logs = np.log(_MULTIPLES)
     near_first = np.argsort(np.abs(logs), kind="stable")
     by_disc, by_gen = ([beliefs(scores, temperature * m) for m in _MULTIPLES] for scores in (disc, gen))
@@ -128,7 +143,7 @@ def calibrate(disc: np.ndarray, gen: np.ndarray, temperature: float) -> Calibrat
 def worth_reasoning(disc: np.ndarray, calibration: Calibration, price: float) -> np.ndarray:
     """Whether each query [Q] should reason, from its disc list [Q, C] alone.  Never where there is one candidate."""
     wanted = confidence(disc, calibration.disc_temperature) < calibration.gen_confidence - price
-    return wanted & (np.shape(disc)[1] > 1)
+    return wanted & (_num_candidates(disc) > 1)
 
 
 def fuse(disc: np.ndarray, gen: np.ndarray, calibration: Calibration) -> np.ndarray:
@@ -163,11 +178,13 @@ def adaptive_scores(
     probed = calibration is None
     calibration = calibrate_on_probes(disc, gen, rule) if calibration is None else calibration
     reasoned = worth_reasoning(disc, calibration, rule.price)
-    if probed and disc.shape[1] > 1:
-        reasoned[choose_probes(len(disc), rule)] = True
+    if probed:
+        probes = choose_probes(len(disc), rule)
+        reasoned[probes] = _num_candidates(disc[probes]) > 1
     scores = disc / calibration.disc_temperature
+    _same_pools(disc[reasoned], gen[reasoned])
     scores[reasoned] = fuse(disc[reasoned], gen[reasoned], calibration)
-    if not np.isfinite(scores).all():
+    if np.isnan(scores).any() or np.isposinf(scores).any():
         raise ValueError("gen scores of queries that reason are not finite")
     return AdaptiveScores(scores, reasoned, calibration)
 
