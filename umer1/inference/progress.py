@@ -19,11 +19,13 @@ class Progress:
         what: str,
         total: int,
         *,
+        unit: str = "inputs",
         enabled: bool = True,
         interval: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ):
-        self.what, self.total, self.enabled, self.interval, self.now = what, total, enabled, interval, now
+        self.what, self.total, self.unit = what, total, unit
+        self.enabled, self.interval, self.now = enabled, interval, now
         self.start = self.last = now()
         self.done = 0
 
@@ -35,12 +37,16 @@ class Progress:
             self.last = time_now
             rate = self.done / (time_now - self.start)
             left = clock((self.total - self.done) / rate) if rate > 0 else "unknown"
-            self._print(f"{self.done:,}/{self.total:,} inputs, {rate:.1f}/s, ETA {left}")
+            self._print(f"{self.done:,}/{self.total:,} {self.unit}, {rate:.1f}/s, ETA {left}")
+
+    def skip(self, count: int) -> None:
+        """`count` of the total turn out to need no work."""
+        self.total -= count
 
     def finish(self) -> None:
         seconds = self.now() - self.start
         if self.enabled:
-            self._print(f"{self.done:,} inputs in {seconds:.1f} s")
+            self._print(f"{self.done:,} {self.unit} in {seconds:.1f} s")
 
     def _print(self, text: str) -> None:
         print(f"{self.what}: {text}", file=sys.stderr, flush=True)

@@ -1,12 +1,16 @@
 """What the copies of the model (data parallelism) and the ranks of one copy tell each other as Python objects."""
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from umer1.distributed.parallel import ParallelState
+from umer1.errors import UserError
+
+T = TypeVar("T")
 
 
 def any_rank(flag: bool, state: ParallelState) -> bool:
@@ -21,6 +25,34 @@ def share_with_all(value: Any, state: ParallelState) -> list[Any]:
     parts: list[Any] = [None] * state.world_size
     dist.all_gather_object(parts, value)
     return parts
+
+
+def on_first(function: Callable[[], T], state: ParallelState) -> T:
+    """What `function` gives on rank 0, on every rank; its UserError or OSError is a UserError on all; collective."""
+    value, failure = None, None
+    if state.rank == 0:
+        try:
+            value = function()
+        except (UserError, OSError) as error:
+            failure = str(error)
+    outcome = [value, failure]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def on_all(function: Callable[[], T], state: ParallelState) -> T:
+    """This rank's own `function()`; a UserError or OSError of any rank is a UserError on all of them; collective."""
+    value, failure = None, None
+    try:
+        value = function()
+    except (UserError, OSError) as error:
+        failure = str(error)
+    for found in share_with_all(failure, state):
+        if found is not None:
+            raise UserError(found)
+    return value
 
 
 def share_in_replica(value: Any, state: ParallelState) -> list[Any]:

@@ -1,6 +1,5 @@
 """Which rollout engine this run has, and where it stands among the ranks."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -10,19 +9,12 @@ from umer1.errors import UserError
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.torch_engine import TorchEngine
-from umer1.rl.engines.vllm_assets import check_head_size
+from umer1.rl.engines.vllm_assets import INSTALL, check_head_size, has_vllm
 from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.phase import FollowingEngine, RolloutPhase
 from umer1.rl.types import RolloutEngine
 from umer1.training.batches import image_config, raise_together
 from umer1.training.policy_config import GRPOConfig
-
-INSTALL = "pip install '.[rollout-cpu]' (without a GPU) or '.[rollout]'"
-
-
-def has_vllm() -> bool:
-    """Whether vLLM is installed; it is never imported here."""
-    return importlib.util.find_spec("vllm") is not None
 
 
 def vllm_problem(model_config: Qwen2VLConfig | None) -> str | None:
