@@ -40,6 +40,7 @@ class Side:
     mode: Literal["disc", "gen"]
     keys: list[int] | list[str]  # number of each query, name of each candidate
     inputs: list[Input]
+    fingerprint: str  # the data's version
     identity: str  # of model, data, settings and keys: what results must have been made for
 
     @property
@@ -64,7 +65,7 @@ def make_side(kept: Kept, side: Literal["qry", "tgt"], mode: Literal["disc", "ge
         _input(f"{name}/{side}/{key}", item, place) for place, (key, item) in enumerate(zip(keys, items, strict=True))
     ]
     digest = hashlib.sha256(json.dumps([settings, task.fingerprint, name, side, mode, keys]).encode())
-    return Side(name, side, mode, keys, inputs, digest.hexdigest())
+    return Side(name, side, mode, keys, inputs, task.fingerprint, digest.hexdigest())
 
 
 def _input(name: str, item: Item, position: int) -> Input:
