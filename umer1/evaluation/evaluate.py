@@ -28,7 +28,7 @@ from umer1.evaluation.modes import (
 from umer1.evaluation.retrieval import similarity
 from umer1.evaluation.tasks import Task
 from umer1.inference.engine import Engine
-from umer1.inference.generate import GenerationConfig, Response, generate
+from umer1.inference.generate import Generated, GenerationConfig, Response, generate
 from umer1.inference.inputs import Input
 from umer1.inference.replicas import gather_to_first, share_with_all
 
@@ -143,8 +143,27 @@ def _run_gen(
     local["candidates"]["gen"] = _rows([outcome.embedding("append") for outcome in targets], engine)
 
 
+def adaptive_pass(
+    engine: Engine, prompts: list[Sequence], ids: list[str], generation: GenerationConfig, wanted: np.ndarray
+) -> list[Generated]:
+    """Greedy responses of the prompts that are `wanted` (bool [Q]), in order; every prompt is read up to `<disc_emb>`.
+
+    Where most reason, each prompt is prefilled whole, once, and those that reason go on from its cache.  Where few do,
+    all are read up to `<disc_emb>` alone, and those that reason begin anew in batches of their own: whichever puts
+    fewer tokens through the model.
+    """
+    to_disc = sum(prompt.disc_index + 1 for prompt in prompts)
+    spared = sum(len(prompt) for prompt, reasons in zip(prompts, wanted, strict=True) if not reasons)
+    if to_disc < spared:
+        _embed_disc(engine, prompts)
+        places = np.flatnonzero(wanted).tolist()
+        return generate(engine, [prompts[i] for i in places], [ids[i] for i in places], generation, (0.0,))
+    found = generate(engine, prompts, ids, generation, (0.0,), wanted)
+    return [outcome for outcome, reasons in zip(found, wanted, strict=True) if reasons]
+
+
 def _time_adaptive(engine: Engine, queries: _Share, gen: GenSettings, outputs: TaskOutputs | None) -> None:
-    """Enter how long adaptive mode takes: each query is prefilled once, and those that reason go on from there.
+    """Enter how long adaptive mode takes: all queries in disc mode, and a response for those that reason.
 
     The decisions are made beforehand, from the lists that are there by now; making them takes microseconds a query.
     """
@@ -154,7 +173,7 @@ def _time_adaptive(engine: Engine, queries: _Share, gen: GenSettings, outputs: T
         reasoned = adaptive_scores(*lists, gen.adaptive).reasoned
     reasoned = share_with_all(reasoned, engine.state)[0]
     wanted = reasoned[queries.positions]
-    _, seconds = _timed(lambda: generate(engine, queries.prompts, queries.ids, gen.generation, (0.0,), wanted))
+    _, seconds = _timed(lambda: adaptive_pass(engine, queries.prompts, queries.ids, gen.generation, wanted))
     parts = gather_to_first((queries.seconds + seconds, len(queries.positions)), engine.state)
     if outputs is not None:
         total, count = (sum(values) for values in zip(*parts, strict=True))
