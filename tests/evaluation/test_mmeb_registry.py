@@ -1,0 +1,177 @@
+"""Names and groups of the tasks; annotation files wherever data sets lay them; media below the root."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from mmeb_folders import NAMES, make_folders, words, write_readme, write_table
+
+from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.media_tree import MediaTree, clean
+from umer1.evaluation.mmeb_v2.readers import READERS, read_task
+from umer1.evaluation.mmeb_v2.registry import GROUPS, TASKS, select
+from umer1.evaluation.mmeb_v2.tables import find_annotation
+
+FRESH = int.from_bytes(os.urandom(4), "little")
+SIZES = {"I-CLS": 10, "I-QA": 10, "I-RET": 12, "I-GD": 4, "VDR1": 10, "VDR2": 4, "VisRAG": 6, "OOD": 4}
+OUT_OF_DOMAIN = (
+    "Place365, ImageNet-A, ImageNet-R, ObjectNet, Country211, ScienceQA, GQA, TextVQA, VizWiz, FashionIQ, Wiki-SS-NQ, "
+    "OVEN, EDIS, RefCOCO, RefCOCO-Matching, Visual7W-Pointing, ViDoSeek-page, ViDoSeek-doc, MMLongBench-page, "
+    "MMLongBench-doc"
+)
+
+
+def test_tasks_and_groups():
+    assert {group: len(names) for group, names in GROUPS.items() if group in SIZES} == SIZES
+    assert set(TASKS) <= set(NAMES) and all(spec.name == name for name, spec in TASKS.items())
+    pictures = [spec for spec in TASKS.values() if spec.modality != "video"]
+    assert {spec.name for spec in pictures if not spec.in_domain} == set(OUT_OF_DOMAIN.split(", "))
+    for spec in pictures:
+        document = spec.modality == "visdoc"
+        assert spec.candidates == ("global" if document else "local")
+        assert spec.metric == ("ndcg_linear@5" if document else "hit@1")
+        assert spec.layout in READERS
+
+
+def test_select():
+    assert [spec.name for spec in select(["GQA", "ImageNet-1K", "GQA"])] == ["ImageNet-1K", "GQA"]
+    assert [spec.name for spec in select(modality="visdoc")] == [
+        *GROUPS["VDR1"],
+        *GROUPS["VDR2"],
+        *GROUPS["VisRAG"],
+        *GROUPS["OOD"],
+    ]
+    assert len(select()) == len(TASKS)
+    with pytest.raises(UserError) as error:
+        select(["mscoco_t2", "GQA", "nonsense!"], "visdoc")
+    assert "'mscoco_t2' is not a task of MMEB-V2 (did you mean MSCOCO_t2i" in str(error.value)
+    assert "'GQA' is a task of modality 'image', not 'visdoc'" in str(error.value)
+    assert "'nonsense!' is not a task" in str(error.value)
+    with pytest.raises(UserError, match="'audio' must be one of image, video, visdoc"):
+        select(modality="audio")
+
+
+@pytest.mark.parametrize(
+    "file, subset",
+    (
+        ("data/test-00000-of-00002.parquet", None),
+        ("data/test.parquet", None),
+        ("test.jsonl", None),
+        ("default/test-00000-of-00001.parquet", None),
+        ("MC/test-00000-of-00001.parquet", "MC"),
+        ("data/MC/test-00000-of-00001.parquet", "MC"),
+        ("MC.jsonl", "MC"),
+        ("data/MC.json", "MC"),
+        ("json/MC.json", "MC"),
+    ),
+)
+def test_usual_places_of_files(tmp_path, file, subset):
+    write_table(tmp_path / "hub/set" / file, [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}])
+    annotation = find_annotation(tmp_path, ["not/here", "hub/set"], subset=subset)
+    assert annotation.rows(["a"]) == [{"a": 1}, {"a": 2}]
+    assert annotation.rows(["b"], ["a", "c"]) == [{"b": "x", "a": 1}, {"b": "y", "a": 2}]
+
+
+def test_several_files_in_order_and_in_one_list(tmp_path):
+    for part in range(12):
+        write_table(tmp_path / f"set/data/test-{part:05d}-of-00012.parquet", [{"a": part}])
+    (tmp_path / "whole.json").write_text(json.dumps([{"a": 1}, {"a": 2}]))
+    assert [row["a"] for row in find_annotation(tmp_path, ["set"]).rows(["a"])] == list(range(12))
+    assert [row["a"] for row in find_annotation(tmp_path, ["whole.json"]).rows(["a"])] == [1, 2]
+
+
+def test_the_card_says_what_a_file_is(tmp_path):
+    """`configs` of the front matter before usual places; a config without a split is the train split."""
+    write_table(tmp_path / "set/odd/one.parquet", [{"a": 1}])
+    write_table(tmp_path / "set/odd/two.jsonl", [{"a": 2}])
+    write_table(tmp_path / "set/test.jsonl", [{"a": 3}])
+    write_readme(tmp_path / "set", {"first": {"test": "odd/one.parquet", "train": "odd/*.jsonl"}})
+    assert find_annotation(tmp_path, ["set"], subset="first").rows(["a"]) == [{"a": 1}]
+    assert find_annotation(tmp_path, ["set"], subset="first", split="train").rows(["a"]) == [{"a": 2}]
+    assert find_annotation(tmp_path, ["set"]).rows(["a"]) == [{"a": 3}]
+    (tmp_path / "set/README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: odd/two.jsonl\n---\n")
+    assert find_annotation(tmp_path, ["set"], subset="x", split="train").rows(["a"]) == [{"a": 2}]
+    write_readme(tmp_path / "set", {"first": {"test": "../../etc/*"}})
+    with pytest.raises(UserError, match="leads out of the data set's folder"):
+        find_annotation(tmp_path, ["set"], subset="first")
+
+
+def test_the_first_place_counts_and_all_are_named_where_none_has_it(tmp_path):
+    for place in ("one", "two"):
+        write_table(tmp_path / place / "test.jsonl", [{"a": place}])
+    assert find_annotation(tmp_path, ["one", "two"]).rows(["a"]) == [{"a": "one"}]
+    with pytest.raises(UserError) as error:
+        find_annotation(tmp_path, ["one", "two"], subset="Q", split="val")
+    assert all(f"{tmp_path}/{place}" in str(error.value) for place in ("one", "two"))
+    assert "the 'val' split of 'Q'" in str(error.value)
+
+
+def test_a_task_that_is_not_there_names_both_layouts(tmp_path):
+    with pytest.raises(UserError, match="(?s)image-tasks.*ziyjiang/MMEB_Test_Instruct"):
+        read_task(TASKS["GQA"], tmp_path)
+
+
+@pytest.mark.parametrize("file", ("test.parquet", "test.jsonl", "test.json"))
+def test_damaged_files_and_missing_columns(tmp_path, file):
+    write_table(tmp_path / "good" / file, [{"a": 1}])
+    with pytest.raises(UserError, match="has no column 'b'; it has 'a'"):
+        find_annotation(tmp_path, ["good"]).rows(["b"])
+    whole = (tmp_path / "good" / file).read_bytes()
+    (tmp_path / "good" / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=f"{file} cannot be read as (parquet|JSON)"):
+        find_annotation(tmp_path, ["good"]).rows(["a"])
+
+
+def test_the_fingerprint_is_of_contents_alone(tmp_path):
+    rng = np.random.default_rng(FRESH)
+    rows = [{"a": words(rng, 3)} for _ in range(3)]
+    write_table(tmp_path / "one/test.jsonl", rows)
+    write_table(tmp_path / "two/data/test-00000-of-00001.jsonl", rows)
+    write_table(tmp_path / "three/test.jsonl", [*rows[:2], {"a": "changed"}])
+    one, two, three = (find_annotation(tmp_path, [place]).fingerprint for place in ("one", "two", "three"))
+    assert one == two != three, f"seed {FRESH}"
+
+
+@pytest.mark.parametrize("saved, shown", ((20, 8), (8, 8), (5, 8), (64, 8), (3, 1), (7, None)))
+def test_frames_by_linspace_in_natural_order(tmp_path, saved, shown):
+    folder = tmp_path / "frames/v"
+    folder.mkdir(parents=True)
+    for number in np.random.default_rng(FRESH).permutation(saved):
+        (folder / f"Frame_{number}.{('jpg', 'PNG', 'jpeg')[number % 3]}").touch()
+    (folder / "notes.txt").touch()
+    (folder / "more").mkdir()
+    places = range(saved) if shown is None or shown > saved else np.linspace(0, saved - 1, shown).astype(int)
+    names = [f"frames/v/Frame_{n}.{('jpg', 'PNG', 'jpeg')[n % 3]}" for n in places]
+    item = MediaTree(tmp_path).video_item(" text\n", "frames//v/", shown, "v.mp4")
+    assert (item.text, list(item.video), item.missing) == ("text", names, ()), f"seed {FRESH}"
+    assert MediaTree(tmp_path).video_item("", "frames/w", shown, "w.mp4").missing == ("w.mp4",)
+
+
+def test_what_is_below_the_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "a/b").mkdir(parents=True)
+    for path in (root / "a/b/in.png", tmp_path / "out.png"):
+        path.touch()
+    (root / "a/link.png").symlink_to(root / "a/b/in.png")
+    (root / "a/out.png").symlink_to(tmp_path / "out.png")
+    (root / "a/gone.png").symlink_to(root / "nowhere")
+    (root / "up").symlink_to(tmp_path)
+    tree = MediaTree(root)
+    assert [tree.has_file(f"a/{name}") for name in ("link.png", "out.png", "gone.png")] == [True, False, False]
+    assert not tree.has_file("up/out.png") and not tree.has_folder("up") and tree.has_folder("a/b")
+    assert tree.files("a") == ["link.png"] and tree.folders("") == ["a"]
+    for path in ("../out.png", "a/../../out.png", str(tmp_path / "out.png"), "", "a/b", "a\0b", "a/b/none.png"):
+        assert not tree.has_file(path) and tree.image_item("", [path]).missing
+    assert clean("a//./b/in.png") == "a/b/in.png"
+    with pytest.raises(UserError, match="cannot be written"):
+        tree.write("up/new.png", b"")
+
+
+def test_the_same_seed_gives_the_same_folders(tmp_path):
+    for place in ("one", "two"):
+        make_folders(tmp_path / place, ["RefCOCO-Matching", "VisRAG_PlotQA"], seed=FRESH)
+    found = [
+        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in tmp_path.iterdir()
+    ]
+    assert found[0] == found[1] and len(found[0]) > 10
