@@ -42,17 +42,16 @@ class Partials(NamedTuple):
     negative_count: torch.Tensor | None
 
 
-def sweep(
-    query, columns, labels, temperature, row_ids, column_ids, *, symmetric: bool, statistics: bool = False, kept=None
-) -> Partials:
+def sweep(entries, *, symmetric: bool, statistics: bool = False, kept=None) -> Partials:
     """umer1.ops.infonce_torch.sweep.  `kept` is left as it is."""
+    query, columns, *_ = entries
     num_rows, num_columns = len(query), len(columns)
     numbers = torch.empty if num_rows and num_columns else torch.zeros
     by_row = numbers(5 if statistics else 3, num_rows, dtype=torch.float32, device=query.device)
     by_column = numbers(2, num_columns, dtype=torch.float32, device=query.device) if symmetric else None
     positive = torch.zeros(num_rows, dtype=torch.float32, device=query.device)
     if num_rows and num_columns:
-        block = Block(query, columns, labels, temperature, row_ids, column_ids)
+        block = Block(*entries)
         with torch.cuda.device_of(query):
             for rows in pieces(num_rows, SWEEP_ROWS):
                 for part in pieces(num_columns, SWEEP_COLUMNS):
@@ -67,12 +66,7 @@ def sweep(
 
 
 def gradients(
-    query,
-    columns,
-    labels,
-    temperature,
-    row_ids,
-    column_ids,
+    entries,
     *,
     row_lse: torch.Tensor,
     column_lse: torch.Tensor | None,
@@ -83,10 +77,11 @@ def gradients(
     kept=None,
 ) -> None:
     """umer1.ops.infonce_torch.gradients.  `kept` is not used."""
+    query, columns, labels, *_ = entries
     num_rows, num_columns, itemsize = len(query), len(columns), query.element_size()
     if not (num_rows and num_columns):
         return
-    block = Block(query, columns, labels, temperature, row_ids, column_ids)
+    block = Block(*entries)
     factor = FP16_RANGE if query.dtype == torch.float16 else 1.0
     padded = triton.cdiv(min(num_columns, GRADIENT_COLUMNS), 8) * 8  # rows of dS begin at multiples of 16 bytes
     chunk = max(1, CHUNK_BYTES // (padded * itemsize * CHUNK_ROWS)) * CHUNK_ROWS

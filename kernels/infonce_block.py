@@ -14,7 +14,7 @@ GROUP = 8  # row blocks that go through all columns together: their rows and the
 
 
 @triton.jit
-def place_of(number, row_blocks, column_blocks, GROUP_ROWS: tl.constexpr):
+def _place_of(number, row_blocks, column_blocks, GROUP_ROWS: tl.constexpr):
     """(row block, column block) of a tile."""
     per_group = GROUP_ROWS * column_blocks
     first = number // per_group * GROUP_ROWS
@@ -23,7 +23,7 @@ def place_of(number, row_blocks, column_blocks, GROUP_ROWS: tl.constexpr):
 
 
 @triton.jit
-def similarities(
+def _similarities(
     query,
     columns,
     first_row,
@@ -67,6 +67,42 @@ def similarities(
 
 
 @triton.jit
+def tile_of(
+    number,
+    block,
+    TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """(similarities fp32 [ROWS, COLUMNS], row block, column block) of the tile of this number.
+
+    block: query, columns, num_rows, num_columns, width, query_stride, columns_stride of the launch.
+    """
+    query, columns, num_rows, num_columns, width, query_stride, columns_stride = block
+    row_block, column_block = _place_of(number, tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS), GROUP_ROWS)
+    tile = _similarities(
+        query,
+        columns,
+        row_block * ROWS,
+        column_block * COLUMNS,
+        num_rows,
+        num_columns,
+        width,
+        query_stride,
+        columns_stride,
+        TMA,
+        ROWS,
+        COLUMNS,
+        INNER,
+        INTERPRET,
+    )
+    return tile, row_block, column_block
+
+
+@triton.jit
 def scale_of(temperature, IS_TENSOR: tl.constexpr):
     """1 / t."""
     if IS_TENSOR:
@@ -81,6 +117,14 @@ def labels_of_tile(labels, rows, inside, first_column, COLUMNS: tl.constexpr, nu
     label = tl.load(labels + rows, mask=inside, other=-1) - offset
     label = tl.where((label >= 0) & (label < num_columns), label, -1).to(tl.int32)
     return label, (label >= first_column) & (label < first_column + COLUMNS)
+
+
+@triton.jit
+def different_ids(row_ids, column_ids, rows, cols, inside_rows, inside_cols):
+    """bool [rows, cols]."""
+    row_id = tl.load(row_ids + rows, mask=inside_rows, other=0)
+    column_id = tl.load(column_ids + cols, mask=inside_cols, other=0)
+    return row_id[:, None] != column_id[None, :]
 
 
 class Block:

@@ -3,63 +3,10 @@
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
-from umer1_kernels.infonce_block import LOG2_E, Block, labels_of_tile, options, place_of, scale_of, similarities
+from umer1_kernels.infonce_block import LOG2_E, Block, different_ids, labels_of_tile, options, scale_of, tile_of
 from umer1_kernels.infonce_tiles import processors, tile_for
 
 LABEL_WIDTH = 512  # of an embedding, per program
-
-
-@triton.jit
-def _slopes_of_tile(
-    tile,
-    first_row,
-    first_column,
-    labels,
-    row_ids,
-    column_ids,
-    row_lse,
-    column_lse,
-    gradient,
-    num_rows,
-    num_columns,
-    gradient_stride,
-    column_offset,
-    scale,
-    factor,
-    TMA: tl.constexpr,
-    LABELS: tl.constexpr,
-    IDS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write dS of one tile of similarities, 0 at the labels."""
-    binary = scale * LOG2_E
-    rows = first_row + tl.arange(0, ROWS)
-    cols = first_column + tl.arange(0, COLUMNS)
-    inside_rows = rows < num_rows
-    inside_cols = cols < num_columns
-    lse = tl.load(row_lse + rows, mask=inside_rows, other=0.0) * LOG2_E
-    slope = tl.exp2(tile * binary - lse[:, None])
-    if SYMMETRIC:
-        lse = tl.load(column_lse + cols, mask=inside_cols, other=0.0) * LOG2_E
-        slope += tl.exp2(tile * binary - lse[None, :])
-    if IDS:
-        row_id = tl.load(row_ids + rows, mask=inside_rows, other=0)
-        column_id = tl.load(column_ids + cols, mask=inside_cols, other=0)
-        slope = tl.where(row_id[:, None] != column_id[None, :], slope, 0.0)
-    if LABELS:
-        label, _ = labels_of_tile(labels, rows, inside_rows, first_column, COLUMNS, num_columns, column_offset)
-        slope = tl.where(label[:, None] == cols[None, :], 0.0, slope)
-    rounded = (slope * (scale * factor)).to(gradient.dtype if TMA else gradient.dtype.element_ty)
-    if TMA:
-        gradient.store([first_row, first_column], rounded)
-    else:
-        tl.store(
-            gradient + rows[:, None].to(tl.int64) * gradient_stride + cols[None, :],
-            rounded,
-            mask=inside_rows[:, None] & inside_cols[None, :],
-        )
 
 
 @triton.jit(do_not_specialize=("num_rows", "num_columns"))
@@ -94,49 +41,37 @@ def gradient_tiles(
 ):
     """gradient [num_rows, num_columns] = (exp(s - row_lse) + exp(s - column_lse)) factor / t, 0 at the labels."""
     scale = scale_of(temperature, TEMPERATURE_TENSOR)
+    binary = scale * LOG2_E
+    block = (query, columns, num_rows, num_columns, width, query_stride, columns_stride)
     row_blocks = tl.cdiv(num_rows, ROWS)
     column_blocks = tl.cdiv(num_columns, COLUMNS)
     for number in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
-        row_block, column_block = place_of(number, row_blocks, column_blocks, GROUP_ROWS)
-        tile = similarities(
-            query,
-            columns,
-            row_block * ROWS,
-            column_block * COLUMNS,
-            num_rows,
-            num_columns,
-            width,
-            query_stride,
-            columns_stride,
-            TMA,
-            ROWS,
-            COLUMNS,
-            INNER,
-            INTERPRET,
-        )
-        _slopes_of_tile(
-            tile,
-            row_block * ROWS,
-            column_block * COLUMNS,
-            labels,
-            row_ids,
-            column_ids,
-            row_lse,
-            column_lse,
-            gradient,
-            num_rows,
-            num_columns,
-            gradient_stride,
-            column_offset,
-            scale,
-            factor,
-            TMA,
-            LABELS,
-            IDS,
-            SYMMETRIC,
-            ROWS,
-            COLUMNS,
-        )
+        tile, row_block, column_block = tile_of(number, block, TMA, ROWS, COLUMNS, INNER, GROUP_ROWS, INTERPRET)
+        rows = row_block * ROWS + tl.arange(0, ROWS)
+        cols = column_block * COLUMNS + tl.arange(0, COLUMNS)
+        inside_rows = rows < num_rows
+        inside_cols = cols < num_columns
+        lse = tl.load(row_lse + rows, mask=inside_rows, other=0.0) * LOG2_E
+        slope = tl.exp2(tile * binary - lse[:, None])
+        if SYMMETRIC:
+            lse = tl.load(column_lse + cols, mask=inside_cols, other=0.0) * LOG2_E
+            slope += tl.exp2(tile * binary - lse[None, :])
+        if IDS:
+            slope = tl.where(different_ids(row_ids, column_ids, rows, cols, inside_rows, inside_cols), slope, 0.0)
+        if LABELS:
+            label, _ = labels_of_tile(
+                labels, rows, inside_rows, column_block * COLUMNS, COLUMNS, num_columns, column_offset
+            )
+            slope = tl.where(label[:, None] == cols[None, :], 0.0, slope)
+        rounded = (slope * (scale * factor)).to(gradient.dtype if TMA else gradient.dtype.element_ty)
+        if TMA:
+            gradient.store([row_block * ROWS, column_block * COLUMNS], rounded)
+        else:
+            tl.store(
+                gradient + rows[:, None].to(tl.int64) * gradient_stride + cols[None, :],
+                rounded,
+                mask=inside_rows[:, None] & inside_cols[None, :],
+            )
 
 
 @triton.jit

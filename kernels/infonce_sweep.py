@@ -7,7 +7,7 @@ same in every run, and tiles need no order, so that a small batch is split over 
 import torch
 import triton
 import triton.language as tl
-from umer1_kernels.infonce_block import LOG2_E, Block, labels_of_tile, options, place_of, scale_of, similarities
+from umer1_kernels.infonce_block import LOG2_E, Block, different_ids, labels_of_tile, options, scale_of, tile_of
 from umer1_kernels.infonce_tiles import processors, tile_for
 
 COMBINE_SIZE, COMBINE_DEPTH = 64, 16  # numbers per program, and blocks of them read at once
@@ -17,75 +17,6 @@ COMBINE_SIZE, COMBINE_DEPTH = 64, 16  # numbers per program, and blocks of them 
 def _or_zero(maximum):
     """What to subtract before an exponential: the maximum, or 0 for an empty set (-inf), so that its sum is 0."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
-
-
-@triton.jit
-def _sums_of_tile(
-    tile,
-    first_row,
-    first_column,
-    row_block,
-    column_block,
-    row_blocks,
-    column_blocks,
-    labels,
-    row_ids,
-    column_ids,
-    row_parts,
-    column_parts,
-    positive,
-    num_rows,
-    num_columns,
-    column_offset,
-    scale,
-    LABELS: tl.constexpr,
-    IDS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Write what one tile of similarities adds to the sums of its rows and columns.
-
-    Entries that take no part become -inf in the tile itself, one condition at a time: masks kept beside it would not
-    fit the registers.
-    """
-    binary = scale * LOG2_E
-    rows = first_row + tl.arange(0, ROWS)
-    cols = first_column + tl.arange(0, COLUMNS)
-    inside_rows = rows < num_rows
-    inside_cols = cols < num_columns
-    if LABELS:
-        label, labelled = labels_of_tile(labels, rows, inside_rows, first_column, COLUMNS, num_columns, column_offset)
-        own = tl.sum(tl.where(label[:, None] == cols[None, :], tile, 0.0), 1)
-        tl.store(positive + rows, own * scale, mask=labelled)
-        tile = tl.where(label[:, None] == cols[None, :], -float("inf"), tile)
-    tile = tl.where(inside_rows[:, None] & inside_cols[None, :], tile, -float("inf"))
-    if IDS:
-        row_id = tl.load(row_ids + rows, mask=inside_rows, other=0)
-        column_id = tl.load(column_ids + cols, mask=inside_cols, other=0)
-        tile = tl.where(row_id[:, None] != column_id[None, :], tile, -float("inf"))
-    best = tl.max(tile, 1)
-    place = row_parts + column_block.to(tl.int64) * num_rows + rows
-    part = column_blocks.to(tl.int64) * num_rows
-    tl.store(place + 2 * part, best, mask=inside_rows)
-    if STATISTICS:
-        absent = tile == -float("inf")
-        tl.store(place + 3 * part, tl.sum(tl.where(absent, 0.0, tile), 1), mask=inside_rows)
-        tl.store(place + 4 * part, tl.sum(tl.where(absent, 0.0, 1.0), 1), mask=inside_rows)
-    if LABELS:
-        tile = tl.where(label[:, None] == cols[None, :], own[:, None], tile)
-        best = tl.where(labelled, tl.maximum(best, own), best)
-    tl.store(place, best, mask=inside_rows)
-    shift = _or_zero(best) * binary
-    tl.store(place + part, tl.sum(tl.exp2(tile * binary - shift[:, None]), 1), mask=inside_rows)
-    if SYMMETRIC:
-        best = tl.max(tile, 0)
-        place = column_parts + row_block.to(tl.int64) * num_columns + cols
-        tl.store(place, best, mask=inside_cols)
-        shift = _or_zero(best) * binary
-        total = tl.sum(tl.exp2(tile * binary - shift[None, :]), 0)
-        tl.store(place + row_blocks.to(tl.int64) * num_columns, total, mask=inside_cols)
 
 
 @triton.jit(do_not_specialize=("num_rows", "num_columns"))  # a 1 among them would have no .to()
@@ -123,53 +54,53 @@ def sweep_tiles(
     row_parts: fp32 [3 or 5, column blocks, num_rows]: maximum, sum of exponentials, largest but the positive, and with
     STATISTICS sum and number of the others.  column_parts: fp32 [2, row blocks, num_columns].
     positive: fp32 [num_rows], written where the label is in these columns.
+
+    Entries that take no part become -inf in the tile itself, one condition at a time: masks kept beside it would not
+    fit the registers.
     """
     scale = scale_of(temperature, TEMPERATURE_TENSOR)
+    binary = scale * LOG2_E
+    block = (query, columns, num_rows, num_columns, width, query_stride, columns_stride)
     row_blocks = tl.cdiv(num_rows, ROWS)
     column_blocks = tl.cdiv(num_columns, COLUMNS)
     for number in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
-        row_block, column_block = place_of(number, row_blocks, column_blocks, GROUP_ROWS)
-        tile = similarities(
-            query,
-            columns,
-            row_block * ROWS,
-            column_block * COLUMNS,
-            num_rows,
-            num_columns,
-            width,
-            query_stride,
-            columns_stride,
-            TMA,
-            ROWS,
-            COLUMNS,
-            INNER,
-            INTERPRET,
-        )
-        _sums_of_tile(
-            tile,
-            row_block * ROWS,
-            column_block * COLUMNS,
-            row_block,
-            column_block,
-            row_blocks,
-            column_blocks,
-            labels,
-            row_ids,
-            column_ids,
-            row_parts,
-            column_parts,
-            positive,
-            num_rows,
-            num_columns,
-            column_offset,
-            scale,
-            LABELS,
-            IDS,
-            SYMMETRIC,
-            STATISTICS,
-            ROWS,
-            COLUMNS,
-        )
+        tile, row_block, column_block = tile_of(number, block, TMA, ROWS, COLUMNS, INNER, GROUP_ROWS, INTERPRET)
+        rows = row_block * ROWS + tl.arange(0, ROWS)
+        cols = column_block * COLUMNS + tl.arange(0, COLUMNS)
+        inside_rows = rows < num_rows
+        inside_cols = cols < num_columns
+        if LABELS:
+            label, labelled = labels_of_tile(
+                labels, rows, inside_rows, column_block * COLUMNS, COLUMNS, num_columns, column_offset
+            )
+            own = tl.sum(tl.where(label[:, None] == cols[None, :], tile, 0.0), 1)
+            tl.store(positive + rows, own * scale, mask=labelled)
+            tile = tl.where(label[:, None] == cols[None, :], -float("inf"), tile)
+        tile = tl.where(inside_rows[:, None] & inside_cols[None, :], tile, -float("inf"))
+        if IDS:
+            different = different_ids(row_ids, column_ids, rows, cols, inside_rows, inside_cols)
+            tile = tl.where(different, tile, -float("inf"))
+        best = tl.max(tile, 1)
+        place = row_parts + column_block.to(tl.int64) * num_rows + rows
+        part = column_blocks.to(tl.int64) * num_rows
+        tl.store(place + 2 * part, best, mask=inside_rows)
+        if STATISTICS:
+            absent = tile == -float("inf")
+            tl.store(place + 3 * part, tl.sum(tl.where(absent, 0.0, tile), 1), mask=inside_rows)
+            tl.store(place + 4 * part, tl.sum(tl.where(absent, 0.0, 1.0), 1), mask=inside_rows)
+        if LABELS:
+            tile = tl.where(label[:, None] == cols[None, :], own[:, None], tile)
+            best = tl.where(labelled, tl.maximum(best, own), best)
+        tl.store(place, best, mask=inside_rows)
+        shift = _or_zero(best) * binary
+        tl.store(place + part, tl.sum(tl.exp2(tile * binary - shift[:, None]), 1), mask=inside_rows)
+        if SYMMETRIC:
+            best = tl.max(tile, 0)
+            place = column_parts + row_block.to(tl.int64) * num_columns + cols
+            tl.store(place, best, mask=inside_cols)
+            shift = _or_zero(best) * binary
+            total = tl.sum(tl.exp2(tile * binary - shift[None, :]), 0)
+            tl.store(place + row_blocks.to(tl.int64) * num_columns, total, mask=inside_cols)
 
 
 @triton.jit(do_not_specialize=("size", "blocks"))

@@ -11,6 +11,7 @@ from infonce_cases import Case, random_case
 
 from umer1 import ops
 from umer1.device import device
+from umer1.ops.infonce_torch import Entries
 
 pytest.importorskip("triton")
 from umer1_kernels import infonce  # noqa: E402
@@ -29,18 +30,16 @@ def on_device(case: Case) -> Case:
 
 
 def blocks(case: Case):
-    """(columns, labels, their ids, whether both directions count): the keys' block and the negatives'."""
+    """(entries, whether both directions count): the keys' block and the negatives'."""
     keys = len(case.key)
     ids = (None, None) if case.column_ids is None else case.column_ids.split([keys, len(case.negative)])
-    return (case.key, case.labels, ids[0], True), (case.negative, None, ids[1], False)
+    keys = Entries(case.query, case.key, case.labels, case.temperature, case.row_ids, ids[0])
+    return (keys, True), (keys._replace(columns=case.negative, labels=None, column_ids=ids[1]), False)
 
 
 def sweeps(case: Case, **options):
     case = on_device(case)
-    return [
-        infonce.sweep(case.query, columns, labels, case.temperature, case.row_ids, ids, symmetric=symmetric, **options)
-        for columns, labels, ids, symmetric in blocks(case)
-    ]
+    return [infonce.sweep(entries, symmetric=symmetric, **options) for entries, symmetric in blocks(case)]
 
 
 def log_sum(maximum: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -86,20 +85,15 @@ def check_gradients(case: Case, hint: str) -> None:
     grad_query = torch.full(case.query.shape, 0.25, device=device())
     grad_columns = torch.full((logits.shape[1], case.query.shape[1]), -0.5, device=device())
     moved = on_device(case)
-    for (columns, labels, ids, symmetric), start in zip(blocks(moved), (0, keys), strict=True):
+    for (entries, symmetric), start in zip(blocks(moved), (0, keys), strict=True):
         infonce.gradients(
-            moved.query,
-            columns,
-            labels,
-            moved.temperature,
-            moved.row_ids,
-            ids,
+            entries,
             row_lse=logits.logsumexp(1).float().to(device()),
             column_lse=column_lse.float().to(device()) if symmetric else None,
             positive_gradient=own.float().to(device()) if symmetric else None,
             weight=weight,
             grad_query=grad_query,
-            grad_columns=grad_columns[start : start + len(columns)],
+            grad_columns=grad_columns[start : start + len(entries.columns)],
         )
     entry = 1e-6 * (4 + 2 * scale) + SLOPE_ROUNDING[case.query.dtype]
     size = weight * scale * (slopes.abs() * entry + SLOPE_UNDERFLOW[case.query.dtype] / scale)
@@ -150,7 +144,8 @@ def test_blocks_without_entries(rows, columns):
     """A rank may hold none: maxima of nothing are -inf, sums 0, gradients stay."""
     query, keys = torch.ones(rows, 8, device=device()), torch.ones(columns, 8, device=device())
     labels = torch.full((rows,), -1, device=device())
-    partials = infonce.sweep(query, keys, labels, 0.1, None, None, symmetric=True, statistics=True)
+    entries = Entries(query, keys, labels, 0.1, None, None)
+    partials = infonce.sweep(entries, symmetric=True, statistics=True)
     for name in ("row_max", "column_max", "row_best_other"):
         assert (getattr(partials, name) == -math.inf).all(), name
     for name in ("row_sum", "column_sum", "positive", "negative_sum", "negative_count"):
@@ -158,12 +153,7 @@ def test_blocks_without_entries(rows, columns):
     assert len(partials.row_max) == rows and len(partials.column_max) == columns
     grad_query, grad_columns = torch.ones_like(query), torch.ones_like(keys)
     infonce.gradients(
-        query,
-        keys,
-        labels,
-        0.1,
-        None,
-        None,
+        entries,
         row_lse=partials.row_max,
         column_lse=partials.column_max,
         positive_gradient=partials.positive,
@@ -180,9 +170,8 @@ def test_what_is_not_finite_stays_so(value):
     query, keys = torch.randn(40, 24), torch.randn(37, 24)
     query[33, 5] = value
     labels = torch.arange(40) % 37
-    partials = infonce.sweep(
-        query.to(device()), keys.to(device()), labels.to(device()), 0.1, None, None, symmetric=True
-    )
+    entries = Entries(query.to(device()), keys.to(device()), labels.to(device()), 0.1, None, None)
+    partials = infonce.sweep(entries, symmetric=True)
     by_row = log_sum(partials.row_max, partials.row_sum)
     by_column = log_sum(partials.column_max, partials.column_sum)
     assert not by_row[33].isfinite() and by_row[torch.arange(40) != 33].isfinite().all()

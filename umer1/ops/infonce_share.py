@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from umer1.ops import infonce_torch
-from umer1.ops.infonce_torch import Kept, Partials, merge
+from umer1.ops.infonce_torch import Entries, Kept, Partials, merge
 
 KEPT_BYTES = 32 * 2**20
 """Logits that stay between the two sweeps where they are no more than this, up to some 2,900 pairs: three products
@@ -49,18 +49,13 @@ class Problem:
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
+    def entries(self, columns, labels, column_ids) -> Entries:
+        """This rank's rows against a block of columns."""
+        return Entries(self.query, columns, labels, self.temperature, self.query_ids, column_ids)
+
     def sweep(self, columns, labels, column_ids, *, symmetric: bool, kept: Kept | None) -> Partials:
-        return self.blocks.sweep(
-            self.query,
-            columns,
-            labels,
-            self.temperature,
-            self.query_ids,
-            column_ids,
-            symmetric=symmetric,
-            statistics=self.with_statistics,
-            kept=kept,
-        )
+        entries = self.entries(columns, labels, column_ids)
+        return self.blocks.sweep(entries, symmetric=symmetric, statistics=self.with_statistics, kept=kept)
 
 
 @dataclass(slots=True)
@@ -220,12 +215,7 @@ def add_gradients(
 ) -> None:
     """One block's part of the gradients, see `gradients` of the block interface."""
     problem.blocks.gradients(
-        problem.query,
-        columns,
-        labels,
-        problem.temperature,
-        problem.query_ids,
-        column_ids,
+        problem.entries(columns, labels, column_ids),
         row_lse=terms.row_lse,
         column_lse=lse,
         positive_gradient=None if labels is None else terms.positive_gradient,

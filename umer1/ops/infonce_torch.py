@@ -21,6 +21,21 @@ CPU_TILE = 1024  # rows and columns of a tile: 4 MiB of fp32 logits stay in a co
 CUDA_TILE = 8192  # 256 MiB of fp32 logits: enough work for each launch
 
 
+class Entries(NamedTuple):
+    """A block's rows against its columns."""
+
+    query: torch.Tensor  # [B, D], fp16, bf16, fp32 or fp64; B may be 0; rows of any stride
+    columns: torch.Tensor  # [C, D], as query
+    labels: torch.Tensor | None
+    """int64 [B], column of each row's positive; any value outside of [0, C) says that it is in another block, None that
+    all are."""
+    temperature: float | torch.Tensor
+    """Above 0, or a 0-dim fp32 (fp64) tensor on the same device (never read on the host for CUDA)."""
+    row_ids: torch.Tensor | None  # int64 [B]
+    column_ids: torch.Tensor | None
+    """int64 [C]; None where row_ids is None: entries of equal ids take no part unless they are positives."""
+
+
 class Partials(NamedTuple):
     """What a sweep leaves of a block [B, C]; fp32 (fp64 for fp64 inputs), natural logarithms and exponentials.
 
@@ -71,12 +86,7 @@ def _finite_shift(maximum: torch.Tensor) -> torch.Tensor:
 
 
 def sweep(
-    query: torch.Tensor,
-    columns: torch.Tensor,
-    labels: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    row_ids: torch.Tensor | None,
-    column_ids: torch.Tensor | None,
+    entries: Entries,
     *,
     symmetric: bool,
     statistics: bool = False,
@@ -84,15 +94,11 @@ def sweep(
 ) -> Partials:
     """Maxima, sums of exponentials and positives of the block's logits.
 
-    query: [B, D], columns: [C, D], both fp16, bf16, fp32 or fp64 (one dtype); B and C may be 0; rows of any stride.
-    labels: int64 [B], column of each row's positive; any value outside of [0, C) says that it is in another block.
-        None: no row's positive is in this block.
-    temperature: above 0, or a 0-dim fp32 (fp64) tensor on the same device (never read on the host for CUDA).
-    row_ids, column_ids: int64 [B] and [C], or None both: entries of equal ids take no part unless they are positives.
     symmetric: the columns' direction is wanted (keys; not so for hard negatives).
     statistics: negative_sum and negative_count are wanted.
     kept: filled with what `gradients` may take over.
     """
+    query, columns, labels, temperature, row_ids, column_ids = entries
     tile, scale = _tile_size(query), _scale(temperature)
     by_rows: dict[int, _Row] = {}
     by_columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -133,12 +139,7 @@ def sweep(
 
 
 def gradients(
-    query: torch.Tensor,
-    columns: torch.Tensor,
-    labels: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    row_ids: torch.Tensor | None,
-    column_ids: torch.Tensor | None,
+    entries: Entries,
     *,
     row_lse: torch.Tensor,
     column_lse: torch.Tensor | None,
@@ -150,7 +151,7 @@ def gradients(
 ) -> None:
     """Add this block's part of d (weight * sum of losses) / d query and / d columns to the accumulators.
 
-    The first six arguments and `kept` are those of `sweep`.
+    entries, kept: those of `sweep`.
     row_lse: [B], r_i over all blocks, fp32 (fp64).
     column_lse: [C], x_j - log(w_j) over the rows of all ranks, +inf where w_j = 0, so that exp(s_ij - column_lse_j) is
         the whole second term; None for a block that is not symmetric.
@@ -162,6 +163,7 @@ def gradients(
 
     d loss / d log(1/t) is no output: it equals sum_i <q_i, d loss / d q_i> over all columns, since q enters as q/t.
     """
+    query, columns, labels, temperature, row_ids, column_ids = entries
     tile, scale = _tile_size(query), _scale(temperature)
     logits_buffer = probability_buffer = None
     for start in range(0, len(columns), tile):
