@@ -32,6 +32,8 @@ CAUSES = (
     "empty_response",
     "too_many_frames",
     "frame_sizes",
+    "corrupt_video",
+    "no_video_decoder",
 )
 
 

@@ -9,6 +9,7 @@ import re
 import stat
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -92,13 +93,17 @@ class MediaRoot:
 
         Raises BadSample: path_escape, missing_file, file_too_large, too_many_pixels, corrupt_image.
         """
-        with _open_regular(self.resolve(relative), relative, self.max_file_bytes) as file:
+        with self.open_file(relative, self.max_file_bytes) as file:
             return self._decode(file, relative, to_rgb)
 
     def image_size(self, relative: str) -> tuple[int, int]:
         """(width, height) as the file's header has it, no pixel decoded.  Raises BadSample like open_image."""
-        with _open_regular(self.resolve(relative), relative, self.max_file_bytes) as file:
+        with self.open_file(relative, self.max_file_bytes) as file:
             return self._decode(file, relative, lambda image: image.size)
+
+    def open_file(self, relative: str, max_bytes: int) -> BinaryIO:
+        """A regular file's bytes.  Raises BadSample: path_escape, missing_file, file_too_large."""
+        return _open_regular(self.resolve(relative), relative, max_bytes)
 
     def _decode(self, file, relative: str, read):
         """`read(image)` of an image whose header is within the bounds."""
@@ -123,7 +128,7 @@ class MediaRoot:
             raise BadSample("corrupt_image", f"{relative!r}: {type(error).__name__}: {error}") from None
 
 
-def _open_regular(path: str, relative: str, max_bytes: int):
+def _open_regular(path: str, relative: str, max_bytes: int) -> BinaryIO:
     """Open a regular file for reading; a pipe or a device is never opened for good and never waited for."""
     try:
         # stat before open: opening a device can act on it.  O_NONBLOCK: a pipe put there in between must not hang.
