@@ -6,7 +6,10 @@ from pathlib import Path
 from umer1.evaluation.mmeb_v2.documents import read_documents
 from umer1.evaluation.mmeb_v2.images import read_images
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree
+from umer1.evaluation.mmeb_v2.moments import read_moments, read_momentseeker
 from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
+from umer1.evaluation.mmeb_v2.video_qa import read_video_questions
+from umer1.evaluation.mmeb_v2.videos import read_video_classes, read_video_retrieval
 
 Reader = Callable[[TaskSpec, MediaTree, int], TaskData]
 
@@ -14,6 +17,11 @@ Reader = Callable[[TaskSpec, MediaTree, int], TaskData]
 READERS: dict[str, Reader] = {
     **dict.fromkeys(("image_cls", "image_qa", "image_i2t", "image_t2i", "image_i2i"), read_images),
     **dict.fromkeys(("vidore", "visrag"), read_documents),
+    "video_cls": read_video_classes,
+    "video_ret": read_video_retrieval,
+    "video_qa": read_video_questions,
+    "video_mret": read_moments,
+    "video_momentseeker": read_momentseeker,
 }
 
 

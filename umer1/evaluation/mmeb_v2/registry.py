@@ -7,8 +7,9 @@ from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.documents import DOCUMENT_TASKS
 from umer1.evaluation.mmeb_v2.images import IMAGE_TASKS
 from umer1.evaluation.mmeb_v2.types import TaskSpec
+from umer1.evaluation.mmeb_v2.videos import VIDEO_TASKS
 
-TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in (*IMAGE_TASKS, *DOCUMENT_TASKS)}
+TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in (*IMAGE_TASKS, *VIDEO_TASKS, *DOCUMENT_TASKS)}
 MODALITIES = ("image", "video", "visdoc")
 
 # Group -> its tasks, in the paper's order.
