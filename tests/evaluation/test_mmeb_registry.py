@@ -14,7 +14,11 @@ from umer1.evaluation.mmeb_v2.registry import GROUPS, TASKS, select
 from umer1.evaluation.mmeb_v2.tables import find_annotation
 
 FRESH = int.from_bytes(os.urandom(4), "little")
-SIZES = {"I-CLS": 10, "I-QA": 10, "I-RET": 12, "I-GD": 4, "VDR1": 10, "VDR2": 4, "VisRAG": 6, "OOD": 4}
+SIZES = {
+    **{"I-CLS": 10, "I-QA": 10, "I-RET": 12, "I-GD": 4},
+    **{"V-CLS": 5, "V-QA": 5, "V-RET": 5, "V-MRET": 3},
+    **{"VDR1": 10, "VDR2": 4, "VisRAG": 6, "OOD": 4},
+}
 OUT_OF_DOMAIN = (
     "Place365, ImageNet-A, ImageNet-R, ObjectNet, Country211, ScienceQA, GQA, TextVQA, VizWiz, FashionIQ, Wiki-SS-NQ, "
     "OVEN, EDIS, RefCOCO, RefCOCO-Matching, Visual7W-Pointing, ViDoSeek-page, ViDoSeek-doc, MMLongBench-page, "
@@ -23,15 +27,15 @@ OUT_OF_DOMAIN = (
 
 
 def test_tasks_and_groups():
-    assert {group: len(names) for group, names in GROUPS.items() if group in SIZES} == SIZES
-    assert set(TASKS) <= set(NAMES) and all(spec.name == name for name, spec in TASKS.items())
+    assert [(group, len(names)) for group, names in GROUPS.items()] == list(SIZES.items())
+    assert set(TASKS) == set(NAMES) and len(TASKS) == 78 and all(spec.name == name for name, spec in TASKS.items())
+    assert all(spec.layout in READERS for spec in TASKS.values())
     pictures = [spec for spec in TASKS.values() if spec.modality != "video"]
     assert {spec.name for spec in pictures if not spec.in_domain} == set(OUT_OF_DOMAIN.split(", "))
     for spec in pictures:
         document = spec.modality == "visdoc"
         assert spec.candidates == ("global" if document else "local")
         assert spec.metric == ("ndcg_linear@5" if document else "hit@1")
-        assert spec.layout in READERS
 
 
 def test_select():

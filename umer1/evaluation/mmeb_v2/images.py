@@ -6,10 +6,11 @@ instruction's outer blanks, `image_qa` and `image_i2i` do not, and a blank befor
 queries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.fields import numbered_rows, text_field, texts_field
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree
 from umer1.evaluation.mmeb_v2.tables import find_annotation
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
@@ -59,7 +60,7 @@ def read_images(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
     annotation = find_annotation(tree.root, PLACES, subset=spec.name, split="test")
     queries: list[Query] = []
     candidates: dict[str, Candidate] = {}
-    for where, row in _rows(annotation, _COLUMNS[spec.layout]):
+    for where, row in numbered_rows(annotation, _COLUMNS[spec.layout]):
         names, make = _targets(spec.layout, row, where, tree)
         for place, name in enumerate(names):
             if name not in candidates:
@@ -69,33 +70,25 @@ def read_images(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
     return TaskData(spec, queries, list(candidates.values()), annotation.fingerprint)
 
 
-def _rows(annotation, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for batch in annotation.batches(columns):
-        for row in batch:
-            yield f"{annotation.files[0].parent}: row {number}", row
-            number += 1
-
-
 def _query_item(layout: str, row: dict[str, Any], where: str, tree: MediaTree) -> Item:
-    instruction, text = (_text(row, column, where) for column in ("qry_inst", "qry_text"))
+    instruction, text = (text_field(row, column, where) for column in ("qry_inst", "qry_text"))
     instruction = instruction.replace(_TOKEN, "")
     if layout == "image_t2i":
         return Item(f"{instruction} {text}".strip())
     if layout in ("image_qa", "image_i2i"):
         instruction = instruction.strip()
-    return tree.image_item(_join(instruction, text), [_picture(tree, _text(row, "qry_img_path", where))])
+    return tree.image_item(_join(instruction, text), [_picture(tree, text_field(row, "qry_img_path", where))])
 
 
-def _targets(layout: str, row: dict[str, Any], where: str, tree: MediaTree):
+def _targets(layout: str, row: dict[str, Any], where: str, tree: MediaTree) -> tuple[list[str], Callable[[int], Item]]:
     """(names [C], place -> Item) of a row's candidates."""
-    texts = _texts(row, "tgt_text", where)
+    texts = texts_field(row, "tgt_text", where)
     if layout in ("image_cls", "image_qa", "image_i2t"):
         return texts, lambda place: Item(texts[place].strip())
-    paths = _texts(row, "tgt_img_path", where)
+    paths = texts_field(row, "tgt_img_path", where)
     if len(paths) != len(texts):
         raise UserError(f"{where} has {len(texts)} tgt_text and {len(paths)} tgt_img_path; they must be as many")
-    instruction = _text(row, "tgt_inst", where).replace(_TOKEN, "")
+    instruction = text_field(row, "tgt_inst", where).replace(_TOKEN, "")
     captions = bool(texts[0].strip())  # the first one speaks for the row, as in the reference
 
     def item(place: int) -> Item:
@@ -116,17 +109,3 @@ def _picture(tree: MediaTree, path: str) -> str:
     """Where a picture lies below the root; in the first folder, by name, where it lies nowhere."""
     places = [f"{folder}/{path}" for folder in FOLDERS]
     return next((place for place in places if tree.has_file(place)), places[0])
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    value = row[column]
-    if not isinstance(value, str | None):
-        raise UserError(f"{where}: {column} must be a string, not {value!r}")
-    return value or ""
-
-
-def _texts(row: dict[str, Any], column: str, where: str) -> list[str]:
-    value = row[column]
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{where}: {column} must be a list of at least one string, not {value!r:.80}")
-    return value
