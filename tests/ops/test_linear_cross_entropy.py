@@ -61,7 +61,20 @@ def make_case(seed: int) -> dict:
     }
 
 
-def check_case(seed: int) -> None:
+def operand_noise(case: dict) -> float:
+    """What rounding both operands of the weight's gradient, softmax - onehot and the scaled rows, makes of it: norm.
+
+    The roundings of R rows add up as a random walk.  Plain torch rounds as much, but in a gradient of a few elements
+    its own sum may come out right by luck (fp16, 1,380 rows, two elements: 3e-4 beside an expected 4e-3).
+    """
+    hidden, weight = (case[name].double() for name in ("hidden", "weight"))
+    slope = (hidden @ weight[: case["vocab_size"]].T / case["temperature"]).softmax(1)
+    slope[torch.arange(len(hidden)), case["labels"]] -= 1.0
+    slope *= case["scale"][:, None] / case["temperature"]
+    return torch.finfo(case["hidden"].dtype).eps * float((slope.square().T @ hidden.square()).sum().sqrt())
+
+
+def check_case(seed: int, tensor_cores: bool) -> None:
     """Results and gradients are no further from fp64 than twice plain torch plus round-off."""
     case = make_case(seed)
     hidden, weight, labels, scale = (case[name] for name in ("hidden", "weight", "labels", "scale"))
@@ -98,6 +111,7 @@ def check_case(seed: int) -> None:
         if got.dtype != dtype:  # roundings of operand and result, and the step of subnormal numbers
             floor += torch.finfo(got.dtype).eps * float(true[key].detach().norm())
             floor += torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps * got.numel() ** 0.5
+            floor += operand_noise(case) if tensor_cores and key == "d_weight" else 0.0
         assert error <= 2 * its + floor, (
             f"seed {seed}, {hidden.dtype}, {tuple(hidden.shape)} x {tuple(weight.shape)}, {options}: "
             f"{name} off by {error:.3e}, plain torch by {its:.3e}, floor {floor:.3e}"
@@ -111,7 +125,7 @@ def test_random_cases(monkeypatch, tensor_cores):
         monkeypatch.setattr(linear_softmax, "operand_dtype", lambda hidden: hidden.dtype)
     start = random.SystemRandom().randrange(1 << 30)
     for seed in range(start, start + 500):
-        check_case(seed)
+        check_case(seed, tensor_cores)
 
 
 def make(rows=11, width=16, tokens=37, dtype=torch.float64, seed=3):
