@@ -68,7 +68,7 @@ _WORDS = "red blue small large square circle left right above table café naïve
 def make_folders(
     root: Path, names: Iterable[str] | None = None, *, seed: int, queries: int = 3, hub: bool = False
 ) -> dict[str, dict[str, list[dict]]]:
-    """Write the named tasks (all 78) below `root`; the tables of the image and document tasks as they were written.
+    """Write the named tasks (all 78) below `root`; their tables as they were written (`rows`, or one a subset).
 
     hub: annotation as repositories of the hub beside the media, with README files where those say what a file is;
     else as the MMEB-V2 repository unpacks.  The same seed gives the same bytes.
@@ -83,7 +83,8 @@ def make_folders(
         else:
             from mmeb_video_folders import make_video_task
 
-            make_video_task(root, name, seed=seed)
+            layout = "hub" if hub else "repository"
+            written[name] = {"rows": make_video_task(root, name, seed=seed, queries=queries, layout=layout)}
     return written
 
 

@@ -179,3 +179,21 @@ def test_the_same_seed_gives_the_same_folders(tmp_path):
         {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()} for root in tmp_path.iterdir()
     ]
     assert found[0] == found[1] and len(found[0]) > 10
+
+
+@pytest.mark.parametrize("hub", (False, True), ids=("repository", "hub"))
+def test_all_78_are_read_and_nothing_is_missing(tmp_path, hub):
+    """What every task promises: names are distinct, and what a query ranks and what is right for it are among them."""
+    make_folders(tmp_path, seed=FRESH, hub=hub)
+    for spec in select():
+        data, where = read_task(spec, tmp_path), f"{spec.name}, seed {FRESH}"
+        names = {candidate.name for candidate in data.candidates}
+        assert data.queries and len(names) == len(data.candidates) and data.spec == spec, where
+        for query in data.queries:
+            assert query.label_names and names >= {*query.cand_names, *query.label_names}, where
+            assert spec.candidates == "global" or set(query.label_names) <= set(query.cand_names), where
+        items = [entry.item for entry in (*data.queries, *data.candidates)]
+        media = [path for item in items for path in (*item.images, *item.video)]
+        assert not any(item.missing for item in items) and all((tmp_path / path).is_file() for path in media), where
+        assert all(item.text == item.text.strip() and "<|" not in item.text for item in items), where
+        assert all(item.text or item.images or item.video for item in items), where
