@@ -257,13 +257,13 @@ def test_mvbench_answers_that_are_two_options_or_none(tmp_path):
 
 def test_options_of_one_name_are_one_candidate(tmp_path):
     row = {"videoID": "v", "question": "q", "options": ["A. Yes.", "No"], "answer": "A"}
-    write_table(tmp_path / "video-tasks/Video-MME/test.jsonl", [row, row | {"options": ["A. Yes.", "B. No. 5"]}])
+    write_table(tmp_path / "video-tasks/Video-MME/test.jsonl", [row, row | {"options": ["A. Yes.", "1.5 m. long"]}])
     task = read_task(TASKS["Video-MME"], tmp_path)
     # Without a full stop and a blank the reference keeps the last letter.
     assert [(each.name, each.item.text) for each in task.candidates] == [
         ("A. Yes.", "Yes"),
         ("No", "o"),
-        ("B. No. 5", "No. 5"),
+        ("1.5 m. long", "long"),
     ]
 
 
