@@ -9,17 +9,24 @@ from math import comb
 
 import numpy as np
 
+from umer1.evaluation.ranking_metrics import ndcg
+
+
+def check_unit_rows(name: str, rows: np.ndarray) -> None:
+    """ValueError where a row of [N, D] is not finite or not of unit length: it would rank by accident."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=-1)
+    bad = np.flatnonzero(~(np.abs(norms - 1.0) < 1e-3))
+    if bad.size:
+        raise ValueError(f"{name}: rows {bad[:8].tolist()} have norms {norms[bad[:8]].tolist()}, not 1")
+
 
 def similarity(queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Dot products [Q, C] in float32 of L2-normalised `queries` [Q, D] and `candidates` [C, D].
 
-    ValueError where a row is not finite or not of unit length: such a row would rank by accident.
+    ValueError where a row is not finite or not of unit length.
     """
-    for name, rows in (("queries", queries), ("candidates", candidates)):
-        norms = np.linalg.norm(rows.astype(np.float64), axis=-1)
-        bad = np.flatnonzero(~(np.abs(norms - 1.0) < 1e-3))
-        if bad.size:
-            raise ValueError(f"{name}: rows {bad[:8].tolist()} have norms {norms[bad[:8]].tolist()}, not 1")
+    check_unit_rows("queries", queries)
+    check_unit_rows("candidates", candidates)
     return queries.astype(np.float32) @ candidates.astype(np.float32).T
 
 
@@ -49,10 +56,9 @@ def ndcg_at_k(scores: np.ndarray, relevance: np.ndarray, k: int) -> np.ndarray:
     if not (relevance.max(axis=-1) > 0).all():
         raise ValueError("every query needs a candidate of positive relevance")
     top = min(k, scores.shape[-1])
-    discount = 1.0 / np.log2(np.arange(top) + 2.0)
     gains = np.take_along_axis(relevance, ranking(scores)[:, :top], axis=-1)
     ideal = -np.sort(-relevance, axis=-1)[:, :top]
-    return (gains * discount).sum(axis=-1) / (ideal * discount).sum(axis=-1)
+    return ndcg(gains, ideal, k)
 
 
 def pass_at_k(num_samples: int, num_correct: np.ndarray, k: int) -> np.ndarray:
