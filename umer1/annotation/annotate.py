@@ -11,8 +11,9 @@ A teacher, for instance:  vllm serve zai-org/GLM-4.1V-9B-Thinking --served-model
 Each side of each pair is asked once.  Answers go to OUT/journal.jsonl as they come: killed at any moment, the same
 command goes on where it stopped, and what was answered is not asked again.  At the end OUT/dataset holds sft-*.jsonl
 (for --data-path), rl.jsonl (--rl-pairs), filtered.jsonl (each pair left out, with its cause) and manifest.json (counts,
-settings, hashes); it appears whole.  A later run asks again what got no answer, and judges all answers anew by the
-filters then given, at no cost.  docs/annotate.md tells more.
+settings, hashes); it appears whole.  With --model, the pairs for RL are neither trivial nor hopeless to that model.  A
+later run asks again what got no answer, and judges all answers anew by the filters then given, at no cost.
+docs/annotate.md tells more.
 """
 
 import os
@@ -28,6 +29,7 @@ from umer1.annotation.answers import AnswerFilter, Fault
 from umer1.annotation.ask import Asker, Progress, Question
 from umer1.annotation.client import Refused
 from umer1.annotation.config import AnnotateCommand
+from umer1.annotation.difficulty import Difficulty, RankRule
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
 from umer1.annotation.publish import Counts, publish_dataset
@@ -89,7 +91,10 @@ class Annotation:
     def run(self) -> Counts:
         """Everything; what there is to say at the end."""
         config, teacher = self.command.annotate, self.command.teacher
-        selection = Selection(config.rl_pairs, config.selection_seed, self.media)
+        difficulty, drawn = self._difficulty(), config.rl_pairs
+        if difficulty is not None:
+            drawn *= config.rl_oversampling
+        selection = Selection(config.rl_pairs, config.selection_seed, self.media, difficulty=difficulty, drawn=drawn)
         total = selection.scan(self._samples())
         rl = selection.chosen()
         print(f"umer1 annotate: {total:,} pairs, {len(rl):,} of them for RL", file=sys.stderr, flush=True)
@@ -113,8 +118,15 @@ class Annotation:
             rl,
             data_root=config.data_root,
             pairs_per_shard=config.pairs_per_shard,
-            manifest=self._manifest(progress),
+            manifest=self._manifest(progress) | ({"difficulty": difficulty.manifest()} if difficulty else {}),
         )
+
+    def _difficulty(self) -> Difficulty | None:
+        """What looks at how hard pairs are, where a model is given."""
+        config, engine = self.command.annotate, self.command.engine
+        if not engine.model:
+            return None
+        return Difficulty(engine, RankRule(config.rl_min_rank, config.rl_max_rank_share), self.media)
 
     def _samples(self) -> Iterator[Sample | Broken]:
         for sample in read_samples(self.command.annotate.inputs, self.library):

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from umer1.distributed.parallel import launched_world_size
+from umer1.inference.engine import EngineConfig
+
 TEACHER_PROMPT = (
     "The above is one input for a search system: text, pictures, frames of a video, or several of them together. Think "
     "about what it shows, says and asks for, inside <think> </think> tags. Then give, inside <answer> </answer> tags, "
@@ -72,15 +75,24 @@ class AnnotateConfig:
     """Pairs kept apart for RL, as equally many of image, video and document as there are; they get no reasoning."""
     selection_seed: int = 1234
     """Which pairs those are."""
+    rl_oversampling: int = 4
+    """With --model: so many times --rl-pairs are drawn of each modality, ranked, and chosen from."""
+    rl_min_rank: int = 2
+    """With --model: a pair whose positive ranks above this among its data set's drawn positives is trivial."""
+    rl_max_rank_share: float = 0.5
+    """With --model: a pair whose positive ranks below this share of them is hopeless (at 0.5, chance does as well)."""
     share_identical_sides: bool = True
     """Ask once for sides of equal text and media (labels of classification sets), and use the answer for all."""
 
     def violations(self) -> list[str]:
         required = ("inputs", "data_root", "output", "tokenizer")
         found = [f"--{name.replace('_', '-')} is required" for name in required if not getattr(self, name)]
-        for name, least in {"num_frames": 1, "pairs_per_shard": 1, "rl_pairs": 0}.items():
+        least_values = {"num_frames": 1, "pairs_per_shard": 1, "rl_pairs": 0, "rl_oversampling": 1, "rl_min_rank": 1}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 found.append(f"{name}={getattr(self, name)} must be {least} or above")
+        if not 0 < self.rl_max_rank_share <= 1:
+            found.append(f"rl_max_rank_share={self.rl_max_rank_share} must be above 0 and at most 1")
         if self.data_root and not Path(self.data_root).is_dir():
             found.append(f"data_root={self.data_root!r} is not a directory; give the folder that media paths start at")
         if self.tokenizer and not (Path(self.tokenizer) / "tokenizer.json").is_file():
@@ -228,6 +240,14 @@ class AnnotateCommand:
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     filters: FilterConfig = field(default_factory=FilterConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def violations(self) -> list[str]:
-        return self.annotate.violations() + self.teacher.violations() + self.filters.violations()
+        found = self.annotate.violations() + self.teacher.violations() + self.filters.violations()
+        if self.engine.model:
+            found += self.engine.violations()
+            if launched_world_size() > 1:
+                found.append(f"{launched_world_size()} processes were started; annotate is one process")
+            if not self.annotate.rl_pairs:
+                found.append(f"model={self.engine.model!r} ranks the pairs for RL; --rl-pairs says how many")
+        return found

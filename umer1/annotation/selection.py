@@ -1,10 +1,14 @@
-"""Which pairs are kept apart for RL: as many of image, video and document, drawn before anybody is asked."""
+"""Which pairs are kept apart for RL: as many of image, video and document, drawn before anybody is asked.
+
+By chance alone, or, where there is a model, by chance from those that are neither trivial nor hopeless to it.
+"""
 
 import hashlib
 import heapq
 from collections.abc import Iterable
 
 from umer1.annotation.config import MODALITIES
+from umer1.annotation.difficulty import Difficulty
 from umer1.annotation.samples import Broken, Sample
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
@@ -13,11 +17,15 @@ from umer1.data.media import MediaRoot
 class Selection:
     """Draws `count` pairs by the hash of seed and content, so that neither order nor resumes matter.
 
-    Pairs of equal content are one: they all stay out of the SFT files when it is drawn, and stand once in the RL file.
+    Pairs of equal content are one: they all stay out of the SFT files when it is chosen, and stand once in the RL file.
+    difficulty: what of `drawn` pairs of each modality may be chosen; None: all, and no more than `count` are drawn.
     """
 
-    def __init__(self, count: int, seed: int, media: MediaRoot):
+    def __init__(
+        self, count: int, seed: int, media: MediaRoot, *, difficulty: Difficulty | None = None, drawn: int | None = None
+    ):
         self.count, self.seed, self.media = count, seed, media
+        self.difficulty, self.drawn = difficulty, count if drawn is None else drawn
         # per modality the smallest hashes seen, as a heap with the largest on top: (-hash, content, sample)
         self._heaps: dict[str, list[tuple[int, str, Sample]]] = {modality: [] for modality in MODALITIES}
         self._held: dict[str, set[str]] = {modality: set() for modality in MODALITIES}
@@ -38,6 +46,8 @@ class Selection:
             modality: [sample for *_, sample in sorted(heap, reverse=True) if _has_media(sample, self.media)]
             for modality, heap in self._heaps.items()
         }
+        if self.difficulty is not None:
+            usable = self.difficulty.keep(usable)
         quotas = balanced_quotas({modality: len(found) for modality, found in usable.items()}, self.count)
         return [sample for modality in MODALITIES for sample in usable[modality][: quotas[modality]]]
 
@@ -48,7 +58,7 @@ class Selection:
             return
         rank = int.from_bytes(hashlib.blake2b(f"{self.seed}:{content}".encode(), digest_size=8).digest(), "big")
         # the whole number of each: another modality may have too few
-        if len(heap) < self.count:
+        if len(heap) < self.drawn:
             heapq.heappush(heap, (-rank, content, sample))
         elif -rank > heap[0][0]:
             held.discard(heapq.heapreplace(heap, (-rank, content, sample))[1])
