@@ -1,0 +1,40 @@
+"""`umer1 eval --benchmark mmeb-v2`: scores of a model on the 78 tasks of MMEB-V2.
+
+    umer1 eval --benchmark mmeb-v2 --data-root DIR --check
+    umer1 eval --benchmark mmeb-v2 --data-root DIR --model DIR --output DIR --query-mode gen --target-mode gen
+    torchrun --nproc-per-node 8 -m umer1.cli eval --benchmark mmeb-v2 ... --tasks MSCOCO_t2i MSVD --engine vllm
+
+--check says what is there and which version it is, without a model.  A run looks at all data before it loads the model,
+refuses media that are missing (--allow-missing counts and leaves them out), embeds every distinct candidate once and
+saves as it goes: broken off and started again, it goes on where it was.
+"""
+
+from umer1.configuration import help_text, load_config
+from umer1.distributed.parallel import init_distributed
+from umer1.evaluation.mmeb_v2.config import MMEBCommand, joined
+from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report, survey
+from umer1.evaluation.mmeb_v2.registry import select
+from umer1.evaluation.mmeb_v2.run import encode_tasks
+from umer1.files import make_folder
+
+
+def main(argv: list[str]) -> None:
+    """The command; every rank runs it, rank 0 prints and writes."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(MMEBCommand, __doc__))
+        return
+    command = load_config(MMEBCommand, joined(argv))
+    config = command.eval
+    specs = select(config.task_names(), config.modality)
+    if config.output:
+        make_folder(config.output)
+    with init_distributed(command.engine.parallel()) as state:
+        covered = survey(specs, config.data_root, config.num_frames, config.max_queries, state)
+        if config.check and state.rank == 0:
+            print(coverage_report(covered, specs), flush=True)
+        check_coverage(covered, allow_missing=config.allow_missing)
+        if config.check:
+            return
+        num_inputs = sum(entry.kept_queries + entry.kept_candidates for entry in covered)
+        encode_tasks(command, specs, num_inputs, state, lambda task, store: None)
+        state.barrier()
