@@ -2,7 +2,9 @@
 
 import random
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from data_tools import tiny_directory, write_picture, write_records
 
@@ -14,6 +16,7 @@ from umer1.annotation.media import Library
 from umer1.annotation.samples import Broken, side_key
 from umer1.annotation.selection import balanced_quotas
 from umer1.annotation.sources import read_samples
+from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
 from umer1.errors import UserError
@@ -162,6 +165,37 @@ def test_frames_are_spread_in_natural_order(tmp_path):
         write_picture(tmp_path, f"v/f{number}.png", 28, 28)
     library = Library(MediaRoot(tmp_path), num_frames=3, folder="embedded")
     assert library.frames("v", "") == ("v/f9.png", "v/f11.png", "v/f100.png")
+
+
+def test_frames_of_a_video_file_are_written_once(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    (tmp_path / "clips").mkdir()
+    with av.open(str(tmp_path / "clips" / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for level in range(0, 220, 20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    media = MediaRoot(tmp_path)
+    library = Library(media, num_frames=3, folder="embedded")
+    found = library.frames("a.mp4", "clips")
+    assert [Path(path).name for path in found] == ["0.jpg", "1.jpg", "2.jpg"]
+    pictures = [np.asarray(media.open_image(path)) for path in found]
+    assert [picture.shape for picture in pictures] == [(48, 64, 3)] * 3
+    np.testing.assert_allclose([picture.mean() for picture in pictures], [0, 100, 200], atol=6)
+    # a second pass decodes nothing; another number of frames is another folder
+    monkeypatch.setattr("umer1.annotation.media.sample_frames", lambda *_: pytest.fail("decoded again"))
+    assert Library(media, num_frames=3, folder="embedded").frames("a.mp4", "clips") == found
+    monkeypatch.undo()
+    other = Library(media, num_frames=2, folder="embedded").frames("a.mp4", "clips")
+    assert len(other) == 2 and not set(other) & set(found)
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    (tmp_path / "clips" / "bad.mp4").write_bytes(b"no video")
+    for name, cause in {"bad.mp4": "corrupt_video", "none.mp4": "missing_file", "../../a.mp4": "path_escape"}.items():
+        with pytest.raises(BadSample) as caught:
+            library.frames(name, "clips")
+        assert caught.value.cause == cause
 
 
 def test_retry_after_forms():

@@ -62,13 +62,13 @@ class AnnotateConfig:
     data_root: str | None = None
     """Directory that media paths start at and cannot leave; training gets the same one."""
     embedded_folder: str = "embedded"
-    """Folder below the data root that pictures held inside parquet files are written to, each once."""
+    """Folder below the data root that pictures held inside parquet files, and frames of video files, are written to."""
     output: str | None = None
     """Directory of the journal (answers as they come) and of dataset/ (the finished files)."""
     tokenizer: str | None = None
     """Directory of the model that will be trained; its tokenizer.json counts the answers' tokens."""
     num_frames: int = 8
-    """Frames of a video, evenly spaced over those in its folder."""
+    """Frames of a video, evenly spaced over those in its folder or file."""
     pairs_per_shard: int = 20000
     """Pairs of one SFT file."""
     rl_pairs: int = 0

@@ -1,9 +1,10 @@
-"""Media under the data root: paths of pair files, frames of a video's folder, pictures held inside parquet files."""
+"""Media under the data root: paths of pair files, frames of videos, pictures held inside parquet files."""
 
 import hashlib
 import io
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from umer1.atomic_directory import aside_path, publish
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import FORMATS, MAX_FILE_BYTES, MediaRoot
+from umer1.data.video_files import MAX_VIDEO_BYTES, is_video_file, sample_frames
 from umer1.files import atomic_path
 
+_JPEG_QUALITY = 95  # of a frame that training reads
 _FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class Library:
     """Turns what a row names into paths relative to the data root.
 
-    num_frames: most frames of a video.  folder: where pictures from inside parquet files go, below the root; a file is
-    named by its content's hash, so that a second pass and a second run write nothing.
+    num_frames: most frames of a video.  folder: where pictures from inside parquet files and frames of video files go,
+    below the root; their names are hashes, so that a second pass and a second run write nothing.
     """
 
     def __init__(self, media: MediaRoot, *, num_frames: int, folder: str):
@@ -39,8 +43,10 @@ class Library:
         return _below(media_folder, value)
 
     def frames(self, video: str, media_folder: str) -> tuple[str, ...]:
-        """Evenly spaced frames of a video's folder, in natural order.  Raises BadSample."""
+        """Evenly spaced frames of a video's folder, in natural order, or of a video file.  Raises BadSample."""
         relative = _below(media_folder, video)
+        if is_video_file(relative) and not os.path.isdir(self.media.resolve(relative)):
+            return self._frames_of_file(relative)
         try:
             names = sorted(filter(_is_frame, os.listdir(self.media.resolve(relative))), key=_natural)
         except OSError as error:
@@ -50,6 +56,25 @@ class Library:
         if len(names) > self.num_frames:
             names = [names[i] for i in np.linspace(0, len(names) - 1, self.num_frames).round().astype(int)]
         return tuple(f"{relative}/{name}" for name in names)
+
+    def _frames_of_file(self, relative: str) -> tuple[str, ...]:
+        """Frames of a video file as pictures, decoded and written once, in a folder named by path, size and number."""
+        with self.media.open_file(relative, MAX_VIDEO_BYTES) as file:
+            size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(f"{relative}\0{size}\0{self.num_frames}".encode()).hexdigest()
+        folder = f"{self.folder}/{digest[:2]}/{digest}"
+        path = Path(self.media.root, folder)
+        if not path.exists():
+            frames = sample_frames(self.media, relative, self.num_frames)
+            aside = aside_path(path)
+            aside.mkdir(parents=True)
+            try:
+                for number, frame in enumerate(frames):
+                    frame.save(aside / f"{number}.jpg", quality=_JPEG_QUALITY)
+                publish(aside, path)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        return tuple(f"{folder}/{name}" for name in sorted(os.listdir(path), key=_natural))
 
     def _keep(self, content: bytes) -> str:
         if len(content) > MAX_FILE_BYTES:

@@ -8,7 +8,8 @@ Layouts (columns, as published):
     vidore-page         query, image: question -> page
     visrag              query, image: question -> page                           (VisRAG-Ret-Train)
 
-An `image` column holds a path, or {bytes, path} as parquet files of `datasets` do.  A video is a folder of frames.
+An `image` column holds a path, or {bytes, path} as parquet files of `datasets` do.  A video is a folder of frames or a
+video file.
 Every pass over the inputs gives the same samples in the same order.
 """
 
@@ -116,7 +117,7 @@ class _Row:
     def video(self) -> tuple[tuple[str, ...], ...]:
         value = self.values.get("video")
         if not isinstance(value, str) or not value:
-            raise BadSample("bad_record", "video must name a folder of frames")
+            raise BadSample("bad_record", "video must name a folder of frames or a video file")
         return (self.library.frames(value, self.item.media_folder),)
 
     def turns(self) -> tuple[str, str]:
