@@ -48,7 +48,7 @@ def score_modes(
 
 
 def oracle(task: TaskData, disc: TaskScore, gen: TaskScore) -> TaskScore:
-    """Per query the list that is better in the task's metric, gen's where they are equal; all metrics are of that one."""
+    """Per query the list that is better in the task's metric, gen's where both are as good; all metrics are of it."""
     metric = task.spec.metric
     use_disc = disc.per_query[metric] > gen.per_query[metric]
     per_query = {name: np.where(use_disc, disc.per_query[name], values) for name, values in gen.per_query.items()}
