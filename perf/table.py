@@ -21,12 +21,14 @@ TITLES = {
     "rank_margin": "Ranking x margin rewards, both sides",
     "gather_hidden": "Hidden-state gather with RMSNorm and L2 normalisation",
     "linear_cross_entropy": "Cross-entropy of supervised rows through the head, forward and backward",
+    "topk": "The k best candidates of each query",
 }
 COUNTED = {
     "infonce": "Work: 4 matrix products of 2 B N D, whoever makes more or fewer (eager makes 3 and keeps the logits).",
     "rank_margin": "Work: one matrix product of 2 (P G)^2 D, which serves both sides.",
     "gather_hidden": "Work: the bytes of the rows that are read and of what comes out.",
     "linear_cross_entropy": "Work: 3 matrix products of 2 R H V, whoever makes more.",
+    "topk": "Work: one matrix product of 2 Q N D.",
 }
 INTRODUCTION = """# Measurements
 
@@ -143,7 +145,7 @@ def suite_section(record: dict[str, Any]) -> str:
 
 
 def _row_text(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """The first provider of a suite, torch eager, is what the others' speed is told by."""
+    """The first provider of a suite (torch eager for most) is what the others' speed is told by."""
     name = f"**{row['provider']}**" if row["ours"] else row["provider"]
     rate = row["flops"] / median(row) / 1e12
     cells = [
