@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITES = ("infonce", "rank_margin", "gather_hidden", "linear_cross_entropy")
+SUITES = ("infonce", "rank_margin", "gather_hidden", "linear_cross_entropy", "topk")
 
 
 def run_suite(name: str, *flags: str) -> subprocess.CompletedProcess:
