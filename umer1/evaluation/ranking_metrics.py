@@ -4,6 +4,9 @@ The definitions of the reference evaluation of MMEB-V2, at ranks 1, 5 and 10.  W
 precision@k divides by k even where fewer candidates are ranked; recall is 1 and all else 0 where a query has no label;
 average precision divides by min(labels, k); a candidate that is listed twice counts once in hit, precision, recall and
 f1 and every time in average precision and NDCG; hit and its like count a label whatever its relevance.
+
+One thing differs on purpose: a label keeps its grade.  The reference puts labels through a set before it pairs them
+with their relevances, so that with several grades in a query its NDCG depends on how names hash in that run.
 """
 
 from collections.abc import Mapping, Sequence
