@@ -6,7 +6,11 @@
 
 --check says what is there and which version it is, without a model.  A run looks at all data before it loads the model,
 refuses media that are missing (--allow-missing counts and leaves them out), embeds every distinct candidate once and
-saves as it goes: broken off and started again, it goes on where it was.
+saves as it goes: broken off and started again, it goes on where it was.  OUTPUT gets the files of the reference
+evaluation, results.json and results.txt.
+
+    umer1 eval --benchmark mmeb-v2 --data-root DIR --stored OUTPUT --output DIR    all pairs of modes, oracle, adaptive
+    umer1 eval --benchmark mmeb-v2 --from-reference DIR --output DIR               files of the reference evaluation
 """
 
 from umer1.configuration import help_text, load_config
@@ -15,6 +19,7 @@ from umer1.evaluation.mmeb_v2.config import MMEBCommand, joined
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report, survey
 from umer1.evaluation.mmeb_v2.registry import select
 from umer1.evaluation.mmeb_v2.run import encode_tasks
+from umer1.evaluation.mmeb_v2.scoring import Scorer, score_references, score_stored
 from umer1.files import make_folder
 
 
@@ -28,6 +33,9 @@ def main(argv: list[str]) -> None:
     specs = select(config.task_names(), config.modality)
     if config.output:
         make_folder(config.output)
+    if config.stored or config.from_reference:
+        (score_stored if config.stored else score_references)(config, specs, lambda text: print(text, flush=True))
+        return
     with init_distributed(command.engine.parallel()) as state:
         covered = survey(specs, config.data_root, config.num_frames, config.max_queries, state)
         if config.check and state.rank == 0:
@@ -36,5 +44,8 @@ def main(argv: list[str]) -> None:
         if config.check:
             return
         num_inputs = sum(entry.kept_queries + entry.kept_candidates for entry in covered)
-        encode_tasks(command, specs, num_inputs, state, lambda task, store: None)
+        scorer = Scorer(command)
+        sha256 = encode_tasks(command, specs, num_inputs, state, scorer.task_done)
+        if state.rank == 0:
+            print(scorer.report(sha256), flush=True)
         state.barrier()

@@ -49,9 +49,12 @@ class MMEBConfig:
     num_workers: int = 4
     """Threads of each process that decode images ahead of the model."""
     stored: str | None = None
-    """OUTPUT of earlier runs: every pair of modes, the oracle and adaptive mode from its vectors, without the model."""
+    """OUTPUT of earlier runs: every pair of modes, the oracle and adaptive mode from its vectors, without the model;
+    the right answers come from --data-root."""
     from_reference: str | None = None
     """Directory with files of the reference evaluation to be scored again, without model and data."""
+    unpickle: bool = False
+    """With --from-reference: rank its pickled vectors anew (arrays alone are let through), not its predictions."""
     adaptive_price: float = 0.1
     """With --stored: adaptive mode reasons where it promises more than this gain in score."""
     adaptive_probes: int = 16
@@ -68,7 +71,7 @@ class MMEBConfig:
             found.append("stored and from_reference are both set; choose one")
         if not self.output and not self.check:
             found.append("--output is required")
-        if not self.data_root and not sources:
+        if not self.data_root and not self.from_reference:
             found.append("--data-root is required")
         for name in ("num_frames", "save_every", "num_workers"):
             if getattr(self, name) < 1:

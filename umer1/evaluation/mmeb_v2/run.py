@@ -29,8 +29,10 @@ TaskDone = Callable[[TaskData, Store], None]
 
 def encode_tasks(
     command: MMEBCommand, specs: list[TaskSpec], num_inputs: int, state: ParallelState, task_done: TaskDone
-) -> None:
+) -> str:
     """Embed both sides of every task, and hand rank 0 each task as soon as its sides are there; collective.
+
+    Returns the weights' hash.
 
     num_inputs: of all tasks, for the progress.  `task_done`: called on rank 0 with the task as it was read.
     """
@@ -58,6 +60,7 @@ def encode_tasks(
                 on_first(lambda wanted=wanted, done=done: store.finish(wanted, done), state)
             on_first(lambda task=task: task_done(task, store), state)
     progress.finish()
+    return sha256
 
 
 class _Encoders:

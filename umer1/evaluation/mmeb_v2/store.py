@@ -53,6 +53,10 @@ class Store:
             )
         return True
 
+    def is_there(self, name: str) -> bool:
+        """Whether a side of this name is finished, whatever its inputs."""
+        return self._record_path(name).exists()
+
     def finish(self, side: Side, done: Done) -> None:
         """Write the side's files from all its results (by position), then drop its parts."""
         lines = [item.response for item in done.encoded if item.response is not None]

@@ -1,0 +1,146 @@
+"""`umer1 eval --benchmark mmeb-v2` end to end: the mini model on generated folders of the published layout."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmeb_folders
+import numpy as np
+import pytest
+
+import umer1
+from umer1.errors import UserError
+from umer1.evaluation.command import main
+from umer1.testing import run_distributed
+
+MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
+TASKS = ["VOC2007", "MSCOCO_t2i", "MVBench", "MSVD", "QVHighlight", "ViDoRe_docvqa", "ViDoSeek-doc"]
+SEED = random.randrange(2**31)
+GEN = ["--query-mode", "gen", "--target-mode", "gen", "--max-new-tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mmeb")
+    mmeb_folders.make_folders(root, TASKS, seed=SEED)
+    return root
+
+
+def command(data, output, *flags, tasks=TASKS):
+    return [
+        *("--benchmark", "mmeb-v2", "--model", str(MINI_BASE), "--data-root", str(data), "--output", str(output)),
+        *("--tasks", *tasks, "--fp32", *flags),
+    ]
+
+
+def run(data, output, *flags, tasks=TASKS):
+    main(command(data, output, *flags, tasks=tasks))
+
+
+def results(folder, stem="results"):
+    return json.loads((Path(folder) / f"{stem}.json").read_text())
+
+
+def files(folder):
+    """Content of all files but those with seconds in them."""
+    paths = (path for path in Path(folder).rglob("*") if path.is_file())
+    named = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    return {name: content for name, content in named.items() if not name.startswith(("sides/", "results."))}
+
+
+def without_seconds(found):
+    return {name: {**entry, "seconds": None} for name, entry in found["tasks"].items()}
+
+
+def test_all_ways_of_scoring_and_the_reference_files(data, tmp_path, capsys):
+    """disc and gen run into one folder; its vectors give every pair of modes, its files the same scores again."""
+    out = tmp_path / "out"
+    run(data, out)
+    disc = results(out)
+    assert list(disc["tasks"]) == TASKS, SEED
+    assert "difference" in capsys.readouterr().out
+    assert disc["columns"]["All"] == {"score": None, "tasks": 7, "of": 78}
+    run(data, out, *GEN)
+    gen = results(out)
+    main(
+        ["--benchmark", "mmeb-v2", "--data-root", str(data), "--stored", str(out), "--output", str(tmp_path / "again")]
+    )
+    for scoring, run_results in (("disc-disc", disc), ("gen-gen", gen)):
+        again = results(tmp_path / "again", f"results_{scoring}")
+        assert without_seconds(again) == without_seconds(run_results), SEED
+    scores = {name: results(tmp_path / "again", f"results_{name}")["tasks"] for name in ("oracle", "disc-gen")}
+    for name in TASKS:
+        least = max(disc["tasks"][name]["score"], gen["tasks"][name]["score"])
+        assert scores["oracle"][name]["score"] >= least - 1e-12, (SEED, name)
+    for flags in ([], ["--unpickle"]):
+        read = tmp_path / f"read{len(flags)}"
+        main(["--benchmark", "mmeb-v2", "--from-reference", str(out), "--output", str(read), *flags])
+        for name, entry in results(read, "results_disc-disc")["tasks"].items():
+            assert entry["metrics"] == pytest.approx(disc["tasks"][name]["metrics"], abs=1e-9), (SEED, name)
+
+
+def test_two_ranks_give_what_one_gives(data, tmp_path):
+    run(data, tmp_path / "one", *GEN)
+    run_distributed(run, 2, data, tmp_path / "two", *GEN)
+    for path in sorted((tmp_path / "one" / "vectors").iterdir()):
+        with np.load(path) as one, np.load(tmp_path / "two" / "vectors" / path.name) as two:
+            assert bytes(one["about"]) == bytes(two["about"]), (SEED, path.name)
+            np.testing.assert_allclose(two["embeddings"], one["embeddings"], atol=2e-6, err_msg=f"{SEED} {path.name}")
+
+
+def test_killed_and_started_again_gives_the_same_files(data, tmp_path):
+    """kill -9 as soon as a part of a side is saved; the second run takes it over."""
+    flags, out = [*GEN, "--save-every", "2", "--max-sequences", "2"], tmp_path / "killed"
+    run(data, tmp_path / "whole", *flags)
+    words = [sys.executable, "-m", "umer1.cli", "eval", *command(data, out, *flags)]
+    child = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("parts/MSVD_*/*.npz")):
+        assert child.poll() is None and time.monotonic() < deadline, SEED
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (out / "vectors" / "ViDoSeek-doc_tgt_gen.npz").exists()
+    run(data, out, *flags)
+    whole, again = files(tmp_path / "whole"), files(out)
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if whole[name] != again[name]] == [], SEED
+    with pytest.raises(UserError, match="max_new_tokens: 4 there, 5 now"):
+        run(data, out, *flags, "--max-new-tokens", "5")
+
+
+def test_missing_media_refuse_or_are_counted(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    mmeb_folders.make_folders(data, ["MSCOCO_t2i", "VOC2007"], seed=SEED)
+    gone, corrupt = sorted((data / "image-tasks" / "VOC2007").glob("*.png"))[:2]
+    gone.unlink()
+    check = ["--benchmark", "mmeb-v2", "--data-root", str(data), "--tasks", "VOC2007", "MSCOCO_t2i", "--check"]
+    for words in (check, command(data, out, tasks=["VOC2007", "MSCOCO_t2i"])):
+        with pytest.raises(UserError, match=r"missing in 1 of 2 tasks.*--allow-missing(.|\n)*VOC2007: 1 of 3 queries"):
+            main(words)
+    assert "incomplete" in capsys.readouterr().out
+    assert not (out / "vectors").exists()
+    main([*check, "--allow-missing"])
+    corrupt.write_bytes(corrupt.read_bytes()[:-40])  # its header is sound: only decoding shows it
+    run(data, out, "--allow-missing", tasks=["VOC2007"])
+    entry = results(out)["tasks"]["VOC2007"]
+    assert entry["num_queries"] == 1, SEED
+    causes = entry["coverage"]["left_out_queries"]
+    assert causes == {"missing_media": 1, "corrupt_image": 1}, SEED
+    assert "VOC2007" in results(out)["notes"][0]
+
+
+@pytest.mark.thorough
+def test_all_tasks(tmp_path):
+    mmeb_folders.make_folders(tmp_path / "data", seed=SEED)
+    main(
+        ["--benchmark", "mmeb-v2", "--model", str(MINI_BASE), "--data-root", str(tmp_path / "data"), "--fp32"]
+        + ["--output", str(tmp_path / "out")]
+    )
+    found = results(tmp_path / "out")
+    assert len(found["tasks"]) == 78 and found["columns"]["All"]["score"] is not None, SEED

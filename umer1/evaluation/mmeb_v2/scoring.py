@@ -1,0 +1,183 @@
+"""From an evaluation's folder to results: one pair of modes as a run ends its tasks, all pairs from stored vectors."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from umer1 import __version__
+from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.config import MMEBCommand, MMEBConfig
+from umer1.evaluation.mmeb_v2.coverage import MISSING_MEDIA, Kept, leave_out
+from umer1.evaluation.mmeb_v2.encode import side_name
+from umer1.evaluation.mmeb_v2.modes import MODES, score_modes
+from umer1.evaluation.mmeb_v2.readers import read_task
+from umer1.evaluation.mmeb_v2.reference_files import (
+    ReferenceNames,
+    find_reference,
+    score_reference,
+    write_reference_files,
+)
+from umer1.evaluation.mmeb_v2.results import make_results, results_text, task_entry, write_results
+from umer1.evaluation.mmeb_v2.score import score_task
+from umer1.evaluation.mmeb_v2.settings import FILE
+from umer1.evaluation.mmeb_v2.store import Store, Stored
+from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
+
+
+class Scorer:
+    """Scores each task of a run and writes its files; results.json holds the tasks that are done.  Rank 0 only."""
+
+    def __init__(self, command: MMEBCommand):
+        self.command, self.entries = command, {}
+
+    def task_done(self, task: TaskData, store: Store) -> None:
+        """Score a task whose two sides are in `store`."""
+        config, name = self.command.eval, task.spec.name
+        modes = {"qry": config.query_mode, "tgt": config.target_mode}
+        sides = {side: store.read(side_name(name, side, mode), task.fingerprint, mode) for side, mode in modes.items()}
+        kept = left(task, [sides["qry"]], [sides["tgt"]], config.max_queries)
+        names = [candidate.name for candidate in kept.task.candidates]
+        queries, targets = rows(sides["qry"], kept.numbers), rows(sides["tgt"], names)
+        score = score_task(kept.task, queries, names, targets)
+        files = ReferenceNames(Path(config.output), name, config.query_mode, config.target_mode)
+        vectors = (queries, names, targets) if config.reference_vectors else None
+        write_reference_files(files, kept.task, score, vectors=vectors)
+        self.entries[name] = task_entry(
+            task.spec,
+            score,
+            fingerprint=task.fingerprint,
+            coverage=coverage_of(task, kept),
+            seconds=sum(side.seconds for side in sides.values()),
+        )
+        write_results(self._results(store.model_sha256), config.output)
+
+    def _results(self, model_sha256: str) -> dict[str, Any]:
+        config = self.command.eval
+        about = {
+            "umer1": __version__,
+            "model": self.command.engine.model,
+            "model_sha256": model_sha256,
+            "notes": _notes(config.max_queries, self.entries),
+        }
+        return make_results(self.entries, scoring=f"{config.query_mode}-{config.target_mode}", about=about)
+
+    def report(self, model_sha256: str) -> str:
+        """What people read when the run has ended."""
+        return results_text(self._results(model_sha256))
+
+
+def left(task: TaskData, queries: list[Stored], targets: list[Stored], max_queries: int | None) -> Kept:
+    """The task less what the disk does not have, and what some of the stored sides lost."""
+    lost_queries = {number: MISSING_MEDIA for number, query in enumerate(task.queries) if query.item.missing}
+    lost_candidates = {found.name: MISSING_MEDIA for found in task.candidates if found.item.missing}
+    for side in queries:
+        lost_queries |= side.lost
+    for side in targets:
+        lost_candidates |= side.lost
+    kept = leave_out(task, lost_queries, lost_candidates, max_queries)
+    if not kept.task.queries:
+        raise UserError(
+            f"{task.spec.name}: nothing is left to be scored, no query could be embedded with its candidate"
+        )
+    return kept
+
+
+def rows(side: Stored, keys: list) -> np.ndarray:
+    """Embeddings float32 [len(keys), H] of `keys`."""
+    places = {key: place for place, key in enumerate(side.keys)}
+    absent = [key for key in keys if key not in places]
+    if absent:
+        raise UserError(f"vectors are missing for {len(absent)} inputs, e.g. {absent[:3]}; use another --output")
+    return side.embeddings[[places[key] for key in keys]]
+
+
+def coverage_of(task: TaskData, kept: Kept) -> dict[str, Any]:
+    """JSON: how much of the data the score is of."""
+    return {
+        "queries": len(task.queries),
+        "candidates": len(task.candidates),
+        "scored_queries": len(kept.task.queries),
+        "scored_candidates": len(kept.task.candidates),
+        "left_out_queries": kept.left_out_queries,
+        "left_out_candidates": kept.left_out_candidates,
+    }
+
+
+def score_stored(config: MMEBConfig, specs: list[TaskSpec], say: Callable[[str], None]) -> None:
+    """Every pair of modes, the oracle and adaptive mode of the selected tasks that `config.stored` has vectors of."""
+    folder = Path(config.stored)
+    try:
+        settings = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        shared, model = settings["all"], settings["model"]
+        store = Store(folder, shared["model_sha256"])
+        max_queries, num_frames = shared["max_queries"], shared["num_frames"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"stored={config.stored!r} is no output of an MMEB-V2 evaluation ({error!r})") from None
+    entries: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        there = {side: [m for m in MODES if store.is_there(side_name(spec.name, side, m))] for side in ("qry", "tgt")}
+        if not all(there.values()):
+            continue
+        task = read_task(spec, config.data_root, num_frames=num_frames)
+        sides = {
+            side: {mode: store.read(side_name(spec.name, side, mode), task.fingerprint, mode) for mode in modes}
+            for side, modes in there.items()
+        }
+        kept = left(task, list(sides["qry"].values()), list(sides["tgt"].values()), max_queries)
+        names = [candidate.name for candidate in kept.task.candidates]
+        queries = {mode: rows(side, kept.numbers) for mode, side in sides["qry"].items()}
+        targets = {mode: rows(side, names) for mode, side in sides["tgt"].items()}
+        found = score_modes(kept.task, names, queries, targets, config.rule())
+        coverage = coverage_of(task, kept)
+        for scoring, score in found.scores.items():
+            entry = task_entry(spec, score, fingerprint=task.fingerprint, coverage=coverage)
+            entries.setdefault(scoring, {})[spec.name] = entry
+        if found.adaptive is not None:
+            entries["adaptive"][spec.name]["reasoned"] = float(np.mean(found.adaptive.reasoned))
+    if not entries:
+        raise UserError(f"{folder} has both sides of none of the selected tasks")
+    about = {"umer1": __version__, "model": model, "model_sha256": store.model_sha256}
+    _write_all(entries, about, max_queries, config.output, say)
+
+
+def score_references(config: MMEBConfig, specs: list[TaskSpec], say: Callable[[str], None]) -> None:
+    """The selected tasks that have files of the reference evaluation in `config.from_reference`, by pair of modes."""
+    by_name = {spec.name: spec for spec in specs}
+    entries: dict[str, dict[str, Any]] = {}
+    for names in find_reference(config.from_reference, list(by_name)):
+        score = score_reference(names, by_name[names.task], unpickle=config.unpickle)
+        scoring = "-".join(mode for mode in (names.query_mode, names.target_mode) if mode) or "reference"
+        entry = task_entry(by_name[names.task], score, fingerprint="")
+        entries.setdefault(scoring, {})[names.task] = entry
+    _write_all(entries, {"umer1": __version__, "files": str(config.from_reference)}, None, config.output, say)
+
+
+def _write_all(
+    entries: dict[str, dict[str, Any]],
+    about: dict[str, Any],
+    max_queries: int | None,
+    output: str,
+    say: Callable[[str], None],
+) -> None:
+    """results_SCORING.json and .txt of every way of scoring."""
+    for scoring, tasks in entries.items():
+        results = make_results(tasks, scoring=scoring, about={**about, "notes": _notes(max_queries, tasks)})
+        write_results(results, output, f"results_{scoring}")
+        say(results_text(results) + "\n")
+
+
+def _notes(max_queries: int | None, entries: dict[str, dict[str, Any]]) -> list[str]:
+    notes = []
+    if max_queries is not None:
+        notes.append(f"a smoke test: the first {max_queries} queries of each task alone")
+    partial = [
+        name
+        for name, entry in entries.items()
+        if entry["coverage"] and (entry["coverage"]["left_out_queries"] or entry["coverage"]["left_out_candidates"])
+    ]
+    if partial:
+        notes.append(f"queries or candidates are left out of {', '.join(partial)}: their scores are not comparable")
+    return notes
