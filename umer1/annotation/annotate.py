@@ -8,6 +8,8 @@
 A teacher, for instance:  vllm serve zai-org/GLM-4.1V-9B-Thinking --served-model-name glm-4.1v-thinking \\
                               --limit-mm-per-prompt '{"image": 8, "video": 1}' --max-model-len 32768
 
+or no server at all: --serve-teacher --teacher-model DIR runs vLLM in a process of this command.
+
 Each side of each pair is asked once.  Answers go to OUT/journal.jsonl as they come: killed at any moment, the same
 command goes on where it stopped, and what was answered is not asked again.  At the end OUT/dataset holds sft-*.jsonl
 (for --data-path), rl.jsonl (--rl-pairs), filtered.jsonl (each pair left out, with its cause) and manifest.json (counts,
@@ -20,7 +22,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from umer1.annotation.config import AnnotateCommand
 from umer1.annotation.difficulty import Difficulty, RankRule
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
+from umer1.annotation.own_teacher import served_teacher
 from umer1.annotation.publish import Counts, publish_dataset
 from umer1.annotation.samples import Broken, Sample, side_key
 from umer1.annotation.selection import Selection
@@ -47,7 +52,7 @@ _ANSWER_SETTINGS = (
     *("teacher_model", "teacher_prompt", "teacher_temperature", "teacher_top_p", "max_answer_tokens"),
     *("max_image_pixels", "max_frame_pixels", "video_as"),
 )
-JOURNAL_FILE, DATASET_FOLDER = "journal.jsonl", "dataset"
+JOURNAL_FILE, DATASET_FOLDER, LOG_FILE = "journal.jsonl", "dataset", "teacher.log"
 
 
 def main(argv: list[str]) -> None:
@@ -99,9 +104,7 @@ class Annotation:
         rl = selection.chosen()
         print(f"umer1 annotate: {total:,} pairs, {len(rl):,} of them for RL", file=sys.stderr, flush=True)
         progress = Progress(2 * total, self.journal, teacher)
-        api_key = os.environ[teacher.api_key_env] if teacher.api_key_env else None
-        asker = Asker(teacher, api_key, self.media, self.journal)
-        faults = asker.run(self._questions({sample.content() for sample in rl}, progress), progress.heard)
+        faults = self._ask(self._questions({sample.content() for sample in rl}, progress), progress)
         progress.finish()
 
         def respond(sample: Sample, name: str, side: Side) -> str | Fault:
@@ -127,6 +130,21 @@ class Annotation:
         if not engine.model:
             return None
         return Difficulty(engine, RankRule(config.rl_min_rank, config.rl_max_rank_share), self.media)
+
+    def _ask(self, questions: Iterator[Question], progress: Progress) -> dict[str, Fault]:
+        """What stays without an answer, by key; a teacher of our own is started when there is something to ask."""
+        teacher = self.command.teacher
+        with ExitStack() as stack:
+            first = next(questions, None)
+            if first is None:
+                return {}
+            api_key = os.environ[teacher.api_key_env] if teacher.api_key_env else None
+            if teacher.serve_teacher:
+                teacher, api_key = stack.enter_context(
+                    served_teacher(teacher, Path(self.journal.path).parent / LOG_FILE)
+                )
+            asker = Asker(teacher, api_key, self.media, self.journal)
+            return asker.run(chain([first], questions), progress.heard)
 
     def _samples(self) -> Iterator[Sample | Broken]:
         for sample in read_samples(self.command.annotate.inputs, self.library):

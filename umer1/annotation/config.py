@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 
 from umer1.distributed.parallel import launched_world_size
 from umer1.inference.engine import EngineConfig
+from umer1.rl.engines.vllm_assets import INSTALL, has_vllm
 
 TEACHER_PROMPT = (
     "The above is one input for a search system: text, pictures, frames of a video, or several of them together. Think "
@@ -126,7 +128,11 @@ class TeacherConfig:
     endpoint: str | None = None
     """Base address, such as http://localhost:8000/v1; /chat/completions is added."""
     teacher_model: str | None = None
-    """The model's name at the endpoint."""
+    """The model's name at the endpoint; with --serve-teacher, its directory."""
+    serve_teacher: bool = False
+    """Run the teacher by vLLM in a process of this command, which ends with it, in place of --endpoint."""
+    vllm_arguments: str = ""
+    """With --serve-teacher: further arguments of vLLM's server; written with =, --vllm-arguments="--dtype float32"."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the API key; none is sent without it. The key is never written."""
     teacher_prompt: str = TEACHER_PROMPT
@@ -170,8 +176,10 @@ class TeacherConfig:
         found = [
             f"--{name.replace('_', '-')} is required"
             for name in ("endpoint", "teacher_model")
-            if not getattr(self, name)
+            if not getattr(self, name) and not (name == "endpoint" and self.serve_teacher)
         ]
+        if self.serve_teacher:
+            found += self._serving_violations()
         if self.endpoint and (problem := _endpoint_problem(self.endpoint)):
             found.append(f"endpoint={self.endpoint!r} {problem}; use http[s]://HOST[:PORT]/v1")
         if self.api_key_env and not os.environ.get(self.api_key_env):
@@ -195,6 +203,20 @@ class TeacherConfig:
         ]
         if not 0 < self.teacher_top_p <= 1:
             found.append(f"teacher_top_p={self.teacher_top_p} must be above 0 and at most 1")
+        return found
+
+    def _serving_violations(self) -> list[str]:
+        found = []
+        if self.endpoint or self.api_key_env:
+            found.append("serve_teacher starts an endpoint of its own; leave out --endpoint and --api-key-env")
+        if self.teacher_model and not Path(self.teacher_model).is_dir():
+            found.append(f"teacher_model={self.teacher_model!r} is not a directory, which --serve-teacher needs")
+        if not has_vllm():
+            found.append(f"serve_teacher needs vLLM: {INSTALL}")
+        try:
+            shlex.split(self.vllm_arguments)
+        except ValueError as error:
+            found.append(f"vllm_arguments={self.vllm_arguments!r}: {error}")
         return found
 
 
