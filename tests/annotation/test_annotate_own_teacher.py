@@ -62,7 +62,7 @@ def is_gone(pid: int) -> bool:
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("umer1.annotation.config.has_vllm", lambda: True)
+    monkeypatch.setattr("umer1.annotation.teacher_config.has_vllm", lambda: True)
     return tmp_path, write_world(tmp_path, mmeb=2, hound=1, pages=1)
 
 

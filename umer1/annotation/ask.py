@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from umer1.annotation.answers import Fault
 from umer1.annotation.client import Answer, Client, Failed, Refused, Stopped
-from umer1.annotation.config import TeacherConfig
 from umer1.annotation.journal import Journal
 from umer1.annotation.request import request_body
+from umer1.annotation.teacher_config import TeacherConfig
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side

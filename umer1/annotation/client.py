@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from umer1.annotation.config import TeacherConfig
+from umer1.annotation.teacher_config import TeacherConfig
 from umer1.errors import UserError
 
 _MAX_REPLY_BYTES = 64 * 2**20

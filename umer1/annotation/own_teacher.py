@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from umer1.annotation.config import TeacherConfig
+from umer1.annotation.teacher_config import TeacherConfig
 from umer1.errors import UserError
 from umer1.rl.engines.vllm_process import engine_environment
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from umer1.annotation.config import TeacherConfig
+from umer1.annotation.teacher_config import TeacherConfig
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
 
