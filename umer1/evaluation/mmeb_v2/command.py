@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         if config.check:
             return
         num_inputs = sum(entry.kept_queries + entry.kept_candidates for entry in covered)
-        scorer = Scorer(command)
+        scorer = Scorer(command, state.device)
         sha256 = encode_tasks(command, specs, num_inputs, state, scorer.task_done)
         if state.rank == 0:
             print(scorer.report(sha256), flush=True)

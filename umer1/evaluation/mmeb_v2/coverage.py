@@ -52,7 +52,7 @@ def leave_out(
 ) -> Kept:
     """The task without what is lost (query number or candidate name -> cause).
 
-    Lost candidates leave the pools and the labels; a query that loses its last right candidate is left out with them.
+    Lost candidates leave the pools and the labels; a query that has no right candidate, or none any more, is left out.
     Where candidates are local, those that no query names any more go, too.  max_queries: of the task's first ones.
     """
     numbers, queries, causes = [], [], Counter()
@@ -60,7 +60,7 @@ def leave_out(
         kept = _without(query, lost_candidates) if lost_candidates else query
         if number in lost_queries:
             causes[lost_queries[number]] += 1
-        elif query.label_names and not kept.label_names:
+        elif not kept.label_names:
             causes[NO_RIGHT_CANDIDATE] += 1
         else:
             numbers.append(number)

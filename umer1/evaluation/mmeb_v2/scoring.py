@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from umer1 import __version__
 from umer1.errors import UserError
@@ -20,6 +21,7 @@ from umer1.evaluation.mmeb_v2.reference_files import (
     score_reference,
     write_reference_files,
 )
+from umer1.evaluation.mmeb_v2.registry import TASKS
 from umer1.evaluation.mmeb_v2.results import make_results, results_text, task_entry, write_results
 from umer1.evaluation.mmeb_v2.score import score_task
 from umer1.evaluation.mmeb_v2.settings import FILE
@@ -30,8 +32,8 @@ from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
 class Scorer:
     """Scores each task of a run and writes its files; results.json holds the tasks that are done.  Rank 0 only."""
 
-    def __init__(self, command: MMEBCommand):
-        self.command, self.entries = command, {}
+    def __init__(self, command: MMEBCommand, device: torch.device):
+        self.command, self.device, self.entries = command, device, {}
 
     def task_done(self, task: TaskData, store: Store) -> None:
         """Score a task whose two sides are in `store`."""
@@ -41,7 +43,7 @@ class Scorer:
         kept = left(task, [sides["qry"]], [sides["tgt"]], config.max_queries)
         names = [candidate.name for candidate in kept.task.candidates]
         queries, targets = rows(sides["qry"], kept.numbers), rows(sides["tgt"], names)
-        score = score_task(kept.task, queries, names, targets)
+        score = score_task(kept.task, queries, names, targets, device=self.device)
         files = ReferenceNames(Path(config.output), name, config.query_mode, config.target_mode)
         vectors = (queries, names, targets) if config.reference_vectors else None
         write_reference_files(files, kept.task, score, vectors=vectors)
@@ -180,4 +182,5 @@ def _notes(max_queries: int | None, entries: dict[str, dict[str, Any]]) -> list[
     ]
     if partial:
         notes.append(f"queries or candidates are left out of {', '.join(partial)}: their scores are not comparable")
-    return notes
+    known = ((name, TASKS[name].options.get("note")) for name in entries)
+    return notes + [f"{name}: {note}" for name, note in known if note]

@@ -3,6 +3,7 @@
 One vLLM engine in a child of each process (umer1/rl/engines), filled with the weights that umer1's engine holds.
 """
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -44,6 +45,14 @@ class VLLMEmbedder:
         self.engine, self.generation, self.directory = engine, generation, directory
         # a prompt of the longest kind, the response, and the <gen_emb> that closes it
         longest = engine.config.max_input_tokens + generation.max_new_tokens + 1
+        positions = json.loads(directory.assets["config.json"])
+        positions = positions.get("text_config", positions).get("max_position_embeddings", longest)
+        if longest > positions:
+            raise UserError(
+                f"--max-input-tokens {engine.config.max_input_tokens} and --max-new-tokens "
+                f"{generation.max_new_tokens} and 1 are more than the model's {positions} positions, which vLLM refuses; "
+                "lower one of them"
+            )
         self.reader = make_processor(replace(engine.config, max_input_tokens=longest), directory)
         self.stop_ids = tuple(engine.stop_ids.tolist())
         if generation.stop_at_gen_emb:
