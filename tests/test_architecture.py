@@ -22,11 +22,9 @@ ALLOWED = {
     "inference": BASE | {"distributed", "models", "checkpoints", "data"},
     "rl": BASE | {"ops", "distributed", "models", "checkpoints", "data", "inference"},
     "evaluation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl"},
-    "mining": BASE | {"distributed", "models", "checkpoints", "data", "inference", "evaluation"},
-    "sharing": BASE | {"distributed", "models", "checkpoints", "data", "inference"},
-    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation", "sharing"},
+    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
     "annotation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl", "evaluation"},
-    "conversion": BASE | {"distributed", "models", "checkpoints", "training", "sharing"},
+    "conversion": BASE | {"distributed", "models", "checkpoints", "training"},
     "cli": {"errors"},
 }
 # Packages that one folder alone may import.
