@@ -49,9 +49,8 @@ class VLLMEmbedder:
         positions = positions.get("text_config", positions).get("max_position_embeddings", longest)
         if longest > positions:
             raise UserError(
-                f"--max-input-tokens {engine.config.max_input_tokens} and --max-new-tokens "
-                f"{generation.max_new_tokens} and 1 are more than the model's {positions} positions, which vLLM refuses; "
-                "lower one of them"
+                f"--max-input-tokens {engine.config.max_input_tokens} + --max-new-tokens {generation.max_new_tokens} "
+                f"+ 1 is more than the model's {positions} positions, which vLLM refuses; lower one of them"
             )
         self.reader = make_processor(replace(engine.config, max_input_tokens=longest), directory)
         self.stop_ids = tuple(engine.stop_ids.tolist())
