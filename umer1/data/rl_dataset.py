@@ -2,7 +2,8 @@
 
 from umer1.data import prompts
 from umer1.data.bad_samples import BadSample
-from umer1.data.dataset import RecordFile, image_paths, kind_of, video_paths
+from umer1.data.dataset import RecordFile
+from umer1.data.fields import image_paths, kind_of, video_paths
 from umer1.data.indexing import RL_NAME_KEYS
 from umer1.data.schema import Pair, Prompt, PromptPair, Side
 
