@@ -22,9 +22,11 @@ ALLOWED = {
     "inference": BASE | {"distributed", "models", "checkpoints", "data"},
     "rl": BASE | {"ops", "distributed", "models", "checkpoints", "data", "inference"},
     "evaluation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl"},
-    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation"},
+    "sharing": BASE | {"distributed", "models", "checkpoints", "data", "inference"},
+    "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation", "sharing"},
     "annotation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl", "evaluation"},
-    "conversion": BASE | {"distributed", "models", "checkpoints", "training"},
+    "plan": BASE | {"ops", "distributed", "models", "data", "rl", "training"},
+    "conversion": BASE | {"distributed", "models", "checkpoints", "training", "sharing"},
     "cli": {"errors"},
 }
 # Packages that one folder alone may import.
@@ -35,6 +37,7 @@ OWNERS = {
     "vllm": {"rl"},
     "triton": {"device"},
     "umer1_kernels": {"ops"},
+    "mteb": {"sharing"},
 }
 
 

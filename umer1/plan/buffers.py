@@ -1,0 +1,105 @@
+"""Bytes of weights, gradients and optimizer states, as megatron-core 0.16.1 lays them out.
+
+megatron.core.distributed.param_and_grad_buffer: trained parameters stand in reverse order in one buffer; with the
+distributed optimizer each starts at a multiple of 64 elements, each bucket ends at a multiple of lcm(DP, 128), and a
+data-parallel rank updates its equal share of each bucket.
+"""
+
+import math
+from dataclasses import dataclass
+
+from umer1.distributed.parallel import ParallelConfig
+from umer1.plan.parameters import Parameter
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """The gradient buffer of one model chunk."""
+
+    numel: int
+    """Elements, padding included."""
+    shard: int
+    """Elements of parameters that data-parallel rank `dp_rank` updates."""
+
+
+def buffer_of(
+    parameters: list[Parameter], *, dp: int, dp_rank: int, bucket_size: int | None, distributed: bool
+) -> Buffer:
+    """bucket_size: elements from which on a bucket is full; None: one bucket.  distributed: the optimizer is."""
+    trained = [parameter for parameter in reversed(parameters) if parameter.trained]
+    if not distributed:
+        total = sum(parameter.numel for parameter in trained)
+        return Buffer(total, total)
+    divisor = math.lcm(dp, 128)
+    buckets: list[tuple[int, int, list[tuple[int, int]]]] = []  # start, end, (start, end) of each parameter
+    start = position = 0
+    inside: list[tuple[int, int]] = []
+
+    def close(end: int) -> int:
+        nonlocal start, inside
+        end = -(-end // divisor) * divisor
+        buckets.append((start, end, inside))
+        start, inside = end, []
+        return end
+
+    for parameter in trained:
+        position = -(-position // _ALIGNMENT) * _ALIGNMENT
+        if parameter.shared and inside:
+            position = close(position)
+        inside.append((position, position + parameter.numel))
+        position += parameter.numel
+        if parameter.shared or (bucket_size is not None and position - start >= bucket_size):
+            position = close(position)
+    if inside:
+        position = close(position)
+    shard = 0
+    for low, high, places in buckets:
+        size = (high - low) // dp
+        mine = low + dp_rank * size, low + (dp_rank + 1) * size
+        shard += sum(max(min(end, mine[1]) - max(begin, mine[0]), 0) for begin, end in places)
+    return Buffer(position, shard)
+
+
+@dataclass(frozen=True, slots=True)
+class StateBytes:
+    """What stays from step to step on one rank."""
+
+    parameters: int
+    """Weights in the model's dtype, the buffer's padding included."""
+    gradients: int
+    """fp32 gradient buffers."""
+    main_weights: int
+    """fp32 copies of bf16 weights that the optimizer moves."""
+    moments: int
+    """AdamW's two fp32 moments."""
+    largest_buffer: int
+    """Weights of the largest chunk's buffer: what one collective gathers."""
+
+    @property
+    def optimizer(self) -> int:
+        return self.main_weights + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state_bytes(
+    chunks: list[list[Parameter]], parallel: ParallelConfig, *, stage: int, dp: int, itemsize: int, dp_rank: int = 0
+) -> StateBytes:
+    """chunks: of the rank's pipeline stage.  itemsize: 2 for bf16, which has fp32 main weights, or 4."""
+    distributed = parallel.use_distributed_optimizer
+    parameters = gradients = updated = largest = 0
+    for number, chunk in enumerate(chunks):
+        bucketed = parallel.overlap_grad_reduce and stage == 0 and number == 0
+        bucket_size = max(40_000_000, 1_000_000 * dp) if bucketed else None
+        buffer = buffer_of(chunk, dp=dp, dp_rank=dp_rank, bucket_size=bucket_size, distributed=distributed)
+        frozen = sum(parameter.numel for parameter in chunk if not parameter.trained)
+        parameters += (buffer.numel + frozen) * itemsize
+        gradients += buffer.numel * 4
+        updated += buffer.shard
+        largest = max(largest, buffer.numel * itemsize)
+    main = 4 * updated if itemsize < 4 else 0
+    return StateBytes(parameters, gradients, main, 8 * updated, largest)

@@ -1,0 +1,58 @@
+"""What a device offers by its data sheet, and what is assumed of it: no number here was measured by umer1."""
+
+from dataclasses import dataclass
+
+from umer1.errors import UserError
+from umer1.training.flops import PEAK_BF16
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One device of the cluster."""
+
+    name: str
+    memory_bytes: int | None = None
+    """Memory of the device; None: the host's, which nothing is checked against."""
+    bf16_flops: float | None = None
+    """Dense bf16 FLOP/s of the data sheet; None: no speed is estimated."""
+    bandwidth: float | None = None
+    """Bytes/s of the memory, data sheet."""
+    reserve_bytes: int = 0
+    """Assumed: what the allocator does not count, i.e. CUDA context, NCCL's buffers, cuBLAS workspaces."""
+    fragmentation: float = 0.0
+    """Assumed: what a caching allocator holds beyond its peak, as a share of it."""
+
+    @property
+    def gpu(self) -> bool:
+        return self.memory_bytes is not None
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What the tensors of a run may take at their peak; None: not limited."""
+        if self.memory_bytes is None:
+            return None
+        return int((self.memory_bytes - self.reserve_bytes) / (1 + self.fragmentation))
+
+
+_ASSUMED = dict(reserve_bytes=3 * GIB, fragmentation=0.06)
+HARDWARE = {
+    "h100": Hardware(
+        name="H100 SXM", memory_bytes=79 * GIB, bf16_flops=PEAK_BF16["H100"], bandwidth=3.35e12, **_ASSUMED
+    ),
+    "h200": Hardware(
+        name="H200 SXM", memory_bytes=139 * GIB, bf16_flops=PEAK_BF16["H200"], bandwidth=4.8e12, **_ASSUMED
+    ),
+    "a100": Hardware(
+        name="A100 SXM 80 GB", memory_bytes=79 * GIB, bf16_flops=PEAK_BF16["A100"], bandwidth=2.0e12, **_ASSUMED
+    ),
+    "cpu": Hardware(name="CPU"),
+}
+
+
+def find_hardware(name: str) -> Hardware:
+    """By its short name.  Raises UserError with the legal ones."""
+    if name.lower() not in HARDWARE:
+        raise UserError(f"--hardware {name!r} is not known; use {', '.join(HARDWARE)}")
+    return HARDWARE[name.lower()]

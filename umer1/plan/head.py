@@ -1,0 +1,53 @@
+"""The vocabulary's head in bytes: cross-entropy from hidden rows, one block of logits at a time.
+
+The arithmetic of umer1.ops.linear_softmax: logits in fp32 by blocks of columns; where all of them are one block the
+gradients are made in the forward and kept, else they are made in the backward.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.ops.linear_softmax import LEAST_COLUMNS, default_block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBytes:
+    """Of one micro-batch with R rows on one rank of the last stage."""
+
+    rows: int
+    """The chosen rows, kept for the backward."""
+    forward: int
+    """Most that the forward takes, what it keeps included."""
+    kept: int
+    """Gradients that the forward leaves behind."""
+    backward: int
+    """Most that the backward takes beside `kept`, its results included."""
+    weight_gradient: int
+    """The gradient of the head's weight, which stays until the weight's other use (tied embeddings) has its own."""
+
+
+def head_bytes(config: Qwen2VLConfig, rows: int, *, tp: int, itemsize: int, device: str) -> HeadBytes:
+    """device: "cuda" or "cpu"; on CPU bf16 operands are turned into fp32 copies."""
+    h, columns = config.hidden_size, config.padded_vocab_size(tp) // tp
+    a, limit = itemsize, default_block_bytes(torch.device(device))
+
+    def width(bytes_of_column: int) -> int:
+        return min(columns, max(limit // max(bytes_of_column, 1), LEAST_COLUMNS))
+
+    upcast = 4 if device == "cpu" and a < 4 else 0
+    logits = 4 * rows * width(4 * rows)
+    forward_copies = upcast * (rows + width(4 * rows)) * h
+    weight = columns * h * a
+    block = width(4 * max(rows, h))
+    hidden_gradient, scaled = 4 * rows * h, rows * h * (a if device == "cuda" else 4)
+    rounded = rows * block * a if a < 4 and device == "cuda" else 0
+    products = 4 * h * max(block, rows) + upcast * block * h
+    making = hidden_gradient + scaled + weight + rounded + products
+    row_bytes = rows * h * a
+    if rows * columns * 4 <= limit:
+        kept = weight + row_bytes
+        return HeadBytes(row_bytes, max(logits + forward_copies, logits + making), kept, kept, weight)
+    values = 4 * rows * block
+    return HeadBytes(row_bytes, logits + forward_copies, 0, making + values + forward_copies, weight)

@@ -1,0 +1,197 @@
+"""What one micro-batch's passes through a pipeline stage allocate and give back."""
+
+from umer1.data.schema import PackedBatch
+from umer1.plan.activations import LayerBytes, decoder_layer, vision_layer
+from umer1.plan.buffers import StateBytes
+from umer1.plan.head import HeadBytes, head_bytes
+from umer1.plan.layout import stage_layers
+from umer1.plan.parameters import stage_parameters
+from umer1.plan.setup import Setup, gathered_tokens, num_patches
+from umer1.plan.timeline import Timeline
+
+
+class StagePasses:
+    """Passes of one stage on a timeline.  kinds: embeddings of a side that have a loss."""
+
+    def __init__(self, setup: Setup, stage: int, line: Timeline, *, kinds: int, cross_entropy: bool):
+        self.setup, self.line, self.kinds, self.cross_entropy = setup, line, kinds, cross_entropy
+        self.first, self.last = stage == 0, stage == setup.layout.pp - 1
+        self.layers = [len(part) for part in stage_layers(setup.parallel, setup.model.num_layers, stage)]
+        self.train_vision = setup.config.model.train_vision
+        self.vision_features: set[int] = set()
+        self.gather_buffer = 0
+        chunks = stage_parameters(setup.model, setup.parallel, stage, self.train_vision)
+        self.largest = max(parameter.numel for chunk in chunks for parameter in chunk if parameter.trained)
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    def decoder(self, batch: PackedBatch) -> LayerBytes:
+        return decoder_layer(
+            self.setup.model,
+            self.setup.parallel,
+            batch.cu_seqlens,
+            itemsize=self.setup.itemsize,
+            kernel=self.setup.kernel,
+        )
+
+    def vision(self, batch: PackedBatch) -> LayerBytes:
+        return vision_layer(
+            self.setup.model,
+            self.setup.parallel,
+            batch.grid_thw,
+            itemsize=self.setup.itemsize,
+            kernel=self.setup.kernel,
+        )
+
+    def head(self, batch: PackedBatch) -> HeadBytes:
+        return head_bytes(
+            self.setup.model,
+            len(batch.supervised_rows),
+            tp=self.setup.layout.tp,
+            itemsize=self.setup.itemsize,
+            device=self.setup.device,
+        )
+
+    def features(self, batch: PackedBatch) -> int:
+        """The ViT's output before the merger."""
+        return num_patches(batch) * self.setup.model.vision.embed_dim * self.setup.itemsize
+
+    def merger(self, batch: PackedBatch) -> int:
+        """What the merger keeps: its norm's output, fc1's, GELU's, and the rows that it makes."""
+        vision, a = self.setup.model.vision, self.setup.itemsize
+        tokens = num_patches(batch) // vision.spatial_merge_size**2
+        wide = vision.merged_dim
+        return tokens * a * (wide + 2 * wide // self.setup.layout.tp + self.setup.model.hidden_size)
+
+    def hidden(self, batch: PackedBatch) -> int:
+        """[T, h], complete."""
+        return gathered_tokens(batch) * self.setup.model.hidden_size * self.setup.itemsize
+
+    def embeddings(self, batch: PackedBatch) -> int:
+        """fp32 [K, S, h]"""
+        return self.kinds * len(batch.disc_rows) * self.setup.model.hidden_size * 4
+
+    # -- the frozen or trained ViT -----------------------------------------------------------------------------------
+
+    def see(self, batch: PackedBatch) -> None:
+        """The frozen ViT, once a step; its features stay with the micro-batch."""
+        if not (self.first and num_patches(batch)) or id(batch) in self.vision_features:
+            return
+        layer, a = self.vision(batch), self.setup.itemsize
+        pixels = 0 if a == 4 else batch.pixel_values.numel() * a
+        self.line.touch("the ViT's forward", vision=max(layer.forward + layer.input, pixels + layer.input))
+        if not self.train_vision:
+            self.vision_features.add(id(batch))
+            self.line.hold("vision features", self.features(batch), "the ViT's forward")
+
+    # -- passes ------------------------------------------------------------------------------------------------------
+
+    def embed(self, batch: PackedBatch) -> None:
+        """Pass 1, without graph."""
+        self.see(batch)
+        layer = self.decoder(batch)
+        kept = self.features(batch) if self.first and self.train_vision else 0
+        self.note_gather(batch)
+        self.line.touch("pass 1 (embeddings)", activations=kept + layer.forward + layer.input)
+        if self.last:
+            self.line.touch("pass 1 (embeddings)", activations=self.hidden(batch) + 3 * self.embeddings(batch))
+            self.line.hold("embeddings", self.embeddings(batch), "pass 1 (embeddings)")
+
+    def note_gather(self, batch: PackedBatch) -> None:
+        """Megatron keeps one buffer for gathered inputs under sequence parallelism, as large as the largest."""
+        size = self.hidden(batch) if self.setup.parallel.sequence_parallel else 0
+        if size > self.gather_buffer:
+            self.line.hold("sequence gather buffer", size - self.gather_buffer, "forward")
+            self.gather_buffer = size
+
+    def kept(self, batch: PackedBatch, chunk: int) -> dict[str, int]:
+        """Name -> bytes that a forward with graph leaves behind."""
+        parallel, layer, count = self.setup.parallel, self.decoder(batch), self.layers[chunk]
+        full, selective = (parallel.recompute_granularity == name for name in ("full", "selective"))
+        saved = layer.saved - (layer.attention_dropped if selective else 0)
+        if full and parallel.recompute_method == "block":
+            recomputed = min(parallel.recompute_num_layers or 1, count)
+            activations = recomputed * layer.input + (count - recomputed) * saved
+        elif full:
+            activations = -(-count // (parallel.recompute_num_layers or 1)) * layer.input
+        else:
+            activations = count * saved
+        found = {"activations": activations}
+        if self.first and chunk == 0 and num_patches(batch):
+            found["activations"] += self.merger(batch)
+            if self.train_vision:
+                vision = self.vision(batch)
+                depth = self.setup.model.vision.depth
+                each = vision.input if full else vision.saved - (vision.attention_dropped if selective else 0)
+                cast = 0 if self.setup.itemsize == 4 else batch.pixel_values.numel() * self.setup.itemsize
+                found["ViT activations"] = depth * each + self.features(batch) + cast
+        if self.is_end(chunk):
+            # The last layer's output for the final norm, the norm's own, whole under sequence parallelism too.
+            found["activations"] += layer.input + self.hidden(batch)
+            found["embeddings of a micro-batch"] = 3 * self.embeddings(batch)
+            if self.cross_entropy:
+                found["head"] = self.head(batch).rows + self.head(batch).kept
+        else:
+            found["activations"] += layer.input  # what was sent on
+        return found
+
+    def is_end(self, chunk: int) -> bool:
+        return self.last and chunk == len(self.layers) - 1
+
+    def forward(self, batch: PackedBatch, chunk: int) -> None:
+        """With graph."""
+        if chunk == 0:
+            self.see(batch)
+        self.note_gather(batch)
+        kept, layer = self.kept(batch, chunk), self.decoder(batch)
+        head = kept.pop("head", 0)
+        for name, size in kept.items():
+            self.line.hold(name, size, "forward")
+        self.line.touch("forward", working=layer.forward if self.setup.parallel.recompute_granularity else layer.input)
+        if head:
+            self.line.touch("cross-entropy, forward", head=self.head(batch).rows + self.head(batch).forward)
+            self.line.hold("head", head, "cross-entropy, forward")
+
+    def backward(self, batch: PackedBatch, chunk: int) -> None:
+        """Head, then layers from the last to the first, each giving back what it kept; then merger and embedding."""
+        kept, layer, count = self.kept(batch, chunk), self.decoder(batch), self.layers[chunk]
+        parallel, hidden = self.setup.parallel, self.hidden(batch)
+        tied = self.setup.model.tie_word_embeddings
+        weight = 0
+        if self.is_end(chunk):
+            if self.cross_entropy:
+                head = self.head(batch)
+                self.line.touch("cross-entropy, backward", head=head.backward, gradient=hidden)
+                # Of a tied weight on one stage the gradient waits for the embedding's.
+                weight = head.weight_gradient if tied and self.first else 0
+            self.line.touch("backward of the embeddings", gradient=(1 + self.kinds) * hidden, head=weight)
+        self.line.hold("head", weight, "backward")
+        full = parallel.recompute_granularity == "full"
+        again = 0
+        if full:
+            group = 1 if parallel.recompute_method == "block" else parallel.recompute_num_layers or 1
+            again = min(group, count) * layer.saved - layer.input
+        self.line.touch("backward", working=again + layer.backward, gradient=layer.input)
+        vision = kept.pop("ViT activations", 0)
+        for name, size in kept.items():
+            if name != "head":
+                self.line.drop(name, size - (self.merger(batch) if name == "activations" and vision else 0))
+        if vision:
+            one = self.vision(batch)
+            self.line.touch("backward of the ViT", working=(one.saved if full else 0) + one.backward)
+            self.line.drop("ViT activations", vision)
+            self.line.drop("activations", self.merger(batch))
+        if self.first and chunk == 0:
+            self.line.touch("backward of the embedding", gradient=hidden, working=self.embedding_gradient())
+        self.line.drop("head", weight + kept.get("head", 0))
+
+    def embedding_gradient(self) -> int:
+        model, tp = self.setup.model, self.setup.layout.tp
+        return model.padded_vocab_size(tp) // tp * model.hidden_size * self.setup.itemsize
+
+    def optimizer_step(self, states: StateBytes) -> None:
+        """AdamW in place.  On CPU torch's own takes two copies of the largest tensor, gloo one of a gathered buffer."""
+        if self.setup.device == "cpu":
+            self.line.touch("optimizer", working=max(2 * 4 * self.largest, states.largest_buffer))
+        else:
+            self.line.touch("optimizer")

@@ -1,0 +1,80 @@
+"""What a plan is made for: the model, the settings that decide memory and speed, the layout, and the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from umer1.data.schema import PackedBatch
+from umer1.distributed.parallel import ParallelConfig
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.plan.activations import Kernel
+from umer1.plan.buffers import StateBytes, state_bytes
+from umer1.plan.hardware import Hardware
+from umer1.plan.layout import Layout
+from umer1.plan.parameters import stage_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """One run, as far as memory and speed go."""
+
+    model: Qwen2VLConfig
+    config: Any
+    """SFTConfig or GRPOConfig."""
+    world_size: int
+    hardware: Hardware
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of(self.parallel, self.model.num_layers, self.world_size)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight and of an activation; without --fp32 or --bf16 the device decides."""
+        model = self.config.model
+        if model.fp32 or model.bf16:
+            return 4 if model.fp32 else 2
+        return 2 if self.hardware.gpu else 4
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.hardware.gpu else "cpu"
+
+    @property
+    def kernel(self) -> Kernel:
+        """The attention kernel: Transformer Engine is taken to be installed where there is a GPU."""
+        return "te" if self.hardware.gpu else "sdpa"
+
+    @property
+    def padding(self) -> int:
+        """What a micro-batch's tokens are a multiple of."""
+        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+
+    def states(self, stage: int, dp_rank: int = 0) -> StateBytes:
+        """What stays from step to step on a rank of pipeline stage `stage`."""
+        chunks = stage_parameters(self.model, self.parallel, stage, self.config.model.train_vision)
+        return state_bytes(
+            chunks, self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
+        )
+
+
+def batch_bytes(batch: PackedBatch, *, first_stage: bool) -> int:
+    """A loaded micro-batch on the device: ids and three positions a token, rows and labels, pixels where the ViT is."""
+    tensors = [batch.input_ids, batch.position_ids, batch.disc_rows, batch.gen_rows]
+    tensors += [batch.supervised_rows, batch.supervised_labels, batch.supervised_sides, batch.target_ids]
+    if first_stage:
+        tensors.append(batch.pixel_values)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def num_patches(batch: PackedBatch) -> int:
+    return int(batch.grid_thw.prod(-1).sum()) if batch.grid_thw.numel() else 0
+
+
+def gathered_tokens(batch: PackedBatch) -> int:
+    return int(torch.as_tensor(batch.cu_seqlens)[-1])

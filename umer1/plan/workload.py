@@ -1,0 +1,67 @@
+"""Micro-batches that nobody has loaded: the shapes of a PackedBatch, with tensors that have no memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from umer1.data.schema import PackedBatch
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """One side of a pair in numbers."""
+
+    text: int
+    """Tokens of the prompt, template and both embedding tokens included, pictures not."""
+    response: int
+    """Tokens of reasoning, summary and the end; 0 for a prompt alone."""
+    patches: int
+    """Patches of all pictures or frames (14 x 14 pixels each)."""
+
+    def vision_tokens(self, config: Qwen2VLConfig) -> int:
+        return self.patches // config.vision.spatial_merge_size**2
+
+    def tokens(self, config: Qwen2VLConfig) -> int:
+        return self.text + self.response + self.vision_tokens(config)
+
+
+def imagine(config: Qwen2VLConfig, sides: list[Side], *, pad_to_multiple: int = 1) -> PackedBatch:
+    """A micro-batch of these sides (query, positive, query, ...): lengths and grids are real, the rest has no memory.
+
+    Without the responses' supervision where a side has none.  Patches become one picture of the side.
+    """
+    merge = config.vision.spatial_merge_size
+    lengths = [side.tokens(config) for side in sides]
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    real = bounds[-1]
+    if padding := -real % pad_to_multiple:
+        bounds.append(real + padding)
+    grids = [[1, merge, side.patches // merge] for side in sides if side.patches]
+    slots, patches = bounds[-1], sum(side.patches for side in sides)
+    rows = sum(side.response for side in sides)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.int64, device=_META)
+
+    return PackedBatch(
+        input_ids=ids(slots),
+        position_ids=ids(3, slots),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        pixel_values=torch.empty(patches, config.vision.patch_dim, device=_META),
+        grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        disc_rows=ids(len(sides)),
+        gen_rows=ids(len(sides)),
+        num_pairs=len(sides) // 2,
+        num_negatives=0,
+        target_ids=ids(len(sides) // 2),
+        supervised_rows=ids(rows),
+        supervised_labels=ids(rows),
+        supervised_sides=ids(rows),
+        num_real_tokens=real,
+    )
