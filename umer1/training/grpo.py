@@ -1,7 +1,6 @@
 """GRPO (METHOD section 5): responses by a rollout engine, rewards from their embeddings, a clipped policy update."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +87,7 @@ class GRPOTrainer(Trainer):
                     self.save()
                 if number and not self.finished:
                     self.plot()
-                    self.say(f"stopped by {signal.Signals(number).name} after iteration {self.iteration}{self.hint()}")
+                    self.say_stopped(number, f"after iteration {self.iteration}")
                     return
         except Interrupted:
             self.leave_mid_rollout()
@@ -343,11 +342,10 @@ class GRPOTrainer(Trainer):
         number = self.agree_on_signal(self.signals)
         self.roll_back_and_save()
         self.plot()
-        name = signal.Signals(number).name if number else "a signal"
         where = f"the rollouts of iteration {self.iteration + 1}"
         if self.evaluation_is_due:
             where = f"the held-out evaluation after iteration {self.iteration}"
-        self.say(f"stopped by {name} during {where}{self.hint()}")
+        self.say_stopped(number, f"during {where}")
 
     def roll_back_and_save(self) -> None:
         """Save the state between two steps, with the data where it was before the step that broke off."""

@@ -1,7 +1,6 @@
 """Cold-start SFT (METHOD section 4): building once, then a loop of named steps."""
 
 import math
-import signal
 import time
 from typing import Any
 
@@ -59,7 +58,7 @@ class SFTTrainer(Trainer):
                     self.save()
                 if number and not self.finished:
                     self.plot()
-                    self.say(f"stopped by {signal.Signals(number).name} after iteration {self.iteration}{self.hint()}")
+                    self.say_stopped(number, f"after iteration {self.iteration}")
                     return
         finally:
             signals.close()

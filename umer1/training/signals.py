@@ -9,6 +9,8 @@ import signal
 import sys
 from types import FrameType
 
+from umer1.files import write_text
+
 LEAVE = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -16,7 +18,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun dies without ending it (Linux; elsewhere nothing happens)."""
+    """Have the kernel kill this rank when torchrun dies without ending it (Linux; elsewhere nothing happens).
+
+    A launcher that ignores SIGTERM and SIGUSR1, as under Slurm (examples/slurm/job.sh), hands that down: undone here.
+    """
+    for number in LEAVE:
+        signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -35,3 +42,13 @@ class SignalWatch:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def tell_job_script() -> None:
+    """Write the file that UMER1_STOPPED_FILE names, where it names one: training was stopped, not completed.
+
+    The exit status is 0 either way, as nothing went wrong; examples/slurm/job.sh puts a stopped job back into the
+    queue.
+    """
+    if path := os.environ.get("UMER1_STOPPED_FILE"):
+        write_text(path, "stopped\n")

@@ -1,5 +1,6 @@
 """What both training stages do alike: resume and save, leave on a signal, skip a bad step, talk to people."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from umer1.training.batches import DataSource
 from umer1.training.checkpoint import Checkpointer
 from umer1.training.metrics import MetricsLogger
 from umer1.training.optimizer import build_optimizer
-from umer1.training.signals import SignalWatch
+from umer1.training.signals import SignalWatch, tell_job_script
 
 
 class Trainer:
@@ -145,9 +146,14 @@ class Trainer:
         if self.state.rank == 0:
             print(text, flush=True)
 
-    def hint(self) -> str:
-        where = self.config.checkpoint.save
-        return f"; the same command goes on from {where}" if where else "; nothing was saved: there is no --save"
+    def say_stopped(self, number: int, where: str) -> None:
+        """That the run ends early, and how it goes on: to the user, and to a job script that asked to be told."""
+        saved = self.config.checkpoint.save
+        then = f"the same command goes on from {saved}" if saved else "nothing was saved: there is no --save"
+        name = signal.Signals(number).name if number else "a signal"
+        self.say(f"stopped by {name} {where}; {then}")
+        if saved and self.state.rank == 0:
+            tell_job_script()
 
     def banner(self, title: str, rows: dict[str, str]) -> str:
         """The run in a few lines; `rows` are the stage's own."""
