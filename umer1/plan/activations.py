@@ -94,5 +94,5 @@ def vision_layer(
     attention, dropped = _attention(patches, slots, padded, q, q, vision.num_heads / tp, a)
     saved = patches * (4 * e * a + 4 * 4) + attention + 3 * f * a * patches
     forward = patches * a * max(3 * f + 5 * e, 6 * e + 3 * q) + (0 if 3 * f > 3 * q + e else attention)
-    backward = patches * a * (3 * f + 2 * e)
+    backward = patches * a * (2 * f + 2 * e)  # of x * sigmoid(1.702 x): three gradients of f, the product is gone
     return LayerBytes(int(saved), int(forward), int(backward), int(dropped), a * e * patches)

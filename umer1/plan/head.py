@@ -49,5 +49,6 @@ def head_bytes(config: Qwen2VLConfig, rows: int, *, tp: int, itemsize: int, devi
     if rows * columns * 4 <= limit:
         kept = weight + row_bytes
         return HeadBytes(row_bytes, max(logits + forward_copies, logits + making), kept, kept, weight)
-    values = 4 * rows * block
+    # The last block's logits are there until the next one's stand in their place.
+    values = 4 * rows * block * (2 if block < columns else 1)
     return HeadBytes(row_bytes, logits + forward_copies, 0, making + values + forward_copies, weight)

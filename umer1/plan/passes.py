@@ -98,8 +98,12 @@ class StagePasses:
             self.line.hold("embeddings", self.embeddings(batch), "pass 1 (embeddings)")
 
     def note_gather(self, batch: PackedBatch) -> None:
-        """Megatron keeps one buffer for gathered inputs under sequence parallelism, as large as the largest."""
-        size = self.hidden(batch) if self.setup.parallel.sequence_parallel else 0
+        """Megatron keeps one buffer for gathered inputs under sequence parallelism, as large as the largest.
+
+        gloo's reduce-scatter works on copies, which go some time after it: two more on CPU.
+        """
+        copies = 1 if self.setup.device == "cuda" else 3
+        size = copies * self.hidden(batch) if self.setup.parallel.sequence_parallel else 0
         if size > self.gather_buffer:
             self.line.hold("sequence gather buffer", size - self.gather_buffer, "forward")
             self.gather_buffer = size
@@ -150,6 +154,7 @@ class StagePasses:
         self.line.touch("forward", working=layer.forward if self.setup.parallel.recompute_granularity else layer.input)
         if head:
             self.line.touch("cross-entropy, forward", head=self.head(batch).rows + self.head(batch).forward)
+            self.line.drop("head, before")
             self.line.hold("head", head, "cross-entropy, forward")
 
     def backward(self, batch: PackedBatch, chunk: int) -> None:
@@ -183,7 +188,9 @@ class StagePasses:
             self.line.drop("activations", self.merger(batch))
         if self.first and chunk == 0:
             self.line.touch("backward of the embedding", gradient=hidden, working=self.embedding_gradient())
-        self.line.drop("head", weight + kept.get("head", 0))
+        # The graph, and with it what the head made in its forward, goes when the next micro-batch's takes its place.
+        self.line.drop("head")
+        self.line.hold("head, before", kept.get("head", 0), "backward")
 
     def embedding_gradient(self) -> int:
         model, tp = self.setup.model, self.setup.layout.tp
@@ -191,6 +198,7 @@ class StagePasses:
 
     def optimizer_step(self, states: StateBytes) -> None:
         """AdamW in place.  On CPU torch's own takes two copies of the largest tensor, gloo one of a gathered buffer."""
+        self.line.drop("head, before")
         if self.setup.device == "cpu":
             self.line.touch("optimizer", working=max(2 * 4 * self.largest, states.largest_buffer))
         else:
