@@ -6,14 +6,16 @@ from pathlib import Path
 import torch
 
 from umer1.checkpoints import layout
-from umer1.checkpoints.search import is_checkpoint_place, read_json
-from umer1.checkpoints.source import load_model_weights, open_model
+from umer1.checkpoints.search import is_checkpoint_place
+from umer1.checkpoints.source import load_model_weights, open_model, stored_model_dtype
 from umer1.distributed.parallel import ParallelConfig, ParallelState, init_distributed, launched_world_size
 from umer1.errors import ConfigError, UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import destination_problem
 from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import load_hf, save_hf, stored_dtype
+from umer1.sharing.card import Subject
+from umer1.sharing.documents import export_documents
 from umer1.training.checkpoint import save_checkpoint
 
 _EPILOG = """\
@@ -118,18 +120,12 @@ def _import(
 
 
 def _export(source: HFDirectory, options: argparse.Namespace, parallel: ParallelConfig, state: ParallelState) -> None:
-    dtype = getattr(torch, options.dtype or _stored(source.path.parent))
+    dtype = getattr(torch, options.dtype or stored_model_dtype(source.path.parent, source))
     models = build_model(source.config, parallel, state, params_dtype=dtype)
     read = load_model_weights(models, options.from_checkpoint, source, state)
-    save_hf(models, source, options.to_hf, state)
+    subject = Subject(name=Path(options.to_hf).absolute().name, config=source.config, dtype=_name(dtype))
+    save_hf(models, source, options.to_hf, state, documents=export_documents(subject, source))
     _report(f"{read} -> {options.to_hf} ({_name(dtype)})", source, state)
-
-
-def _stored(checkpoint: Path) -> str:
-    dtype = read_json(checkpoint / layout.MANIFEST).get("dtype")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"{checkpoint}: unknown dtype {dtype!r} in {layout.MANIFEST}")
-    return dtype
 
 
 def _name(dtype: torch.dtype) -> str:

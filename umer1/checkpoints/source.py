@@ -12,7 +12,7 @@ from umer1.checkpoints.sharded_state import read_sharded
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
-from umer1.models.qwen2_vl.weights import load_hf, unwrap
+from umer1.models.qwen2_vl.weights import load_hf, stored_dtype, unwrap
 
 ASSETS = "hf"  # folder of a checkpoint with config.json, tokenizer and processor settings
 
@@ -54,6 +54,17 @@ def load_model_weights(
         raise UserError(f"{checkpoint} is of another model: {'; '.join(problems)}")
     read_sharded(checkpoint, models, None, parallel)
     return checkpoint
+
+
+def stored_model_dtype(path: str | Path, directory: HFDirectory) -> str:
+    """ "float32" or "bfloat16": the weights' type in a Hugging Face directory or one checkpoint.  Raises UserError."""
+    path = Path(path)
+    if not is_checkpoint_place(path):
+        return str(stored_dtype(directory)).removeprefix("torch.")
+    dtype = read_json(path / layout.MANIFEST).get("dtype")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"{path}: unknown dtype {dtype!r} in {layout.MANIFEST}")
+    return dtype
 
 
 def describe_model(models: list[torch.nn.Module]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from umer1.evaluation.curves import plot_training
 from umer1.files import write_text
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import save_hf, unwrap
+from umer1.sharing.card import Subject
+from umer1.sharing.documents import export_documents
+from umer1.sharing.training_run import describe_run, note_start, pairs_of
 from umer1.training.batches import DataSource
 from umer1.training.checkpoint import Checkpointer
 from umer1.training.metrics import MetricsLogger
@@ -75,6 +79,8 @@ class Trainer:
             directory, settings = self.config.checkpoint.save, to_yaml(self.config)
             if directory:
                 write_text(f"{directory}/config.yaml", settings)
+                dataset = self.source.loader.maker.dataset
+                note_start(directory, self.iteration, pairs_of(dataset.names, dataset.name_ids))
             self.logger = MetricsLogger(self.config.logging, directory, self.iteration, {"config": settings})
 
     @contextmanager
@@ -146,13 +152,16 @@ class Trainer:
         if self.state.rank == 0:
             print(text, flush=True)
 
+    def hint(self) -> str:
+        """How a run that ends early goes on."""
+        where = self.config.checkpoint.save
+        return f"; the same command goes on from {where}" if where else "; nothing was saved: there is no --save"
+
     def say_stopped(self, number: int, where: str) -> None:
         """That the run ends early, and how it goes on: to the user, and to a job script that asked to be told."""
-        saved = self.config.checkpoint.save
-        then = f"the same command goes on from {saved}" if saved else "nothing was saved: there is no --save"
         name = signal.Signals(number).name if number else "a signal"
-        self.say(f"stopped by {name} {where}; {then}")
-        if saved and self.state.rank == 0:
+        self.say(f"stopped by {name} {where}{self.hint()}")
+        if self.config.checkpoint.save and self.state.rank == 0:
             tell_job_script()
 
     def banner(self, title: str, rows: dict[str, str]) -> str:
@@ -192,9 +201,19 @@ class Trainer:
         where, save = self.config.model.export_hf, self.config.checkpoint.save
         if where:
             with self.settled():
-                save_hf([unwrap(model) for model in self.models], self.directory, where, self.state)
+                models, documents = [unwrap(model) for model in self.models], self.documents(where)
+                save_hf(models, self.directory, where, self.state, documents=documents)
         if self.state.rank == 0:
             self.say(self.source.report())
         self.plot()
         if source := where or save:
             self.say(f"training is complete. Next: umer1 eval --benchmark mini --model {source} --output {source}-eval")
+
+    def documents(self, where: str) -> dict[str, str]:
+        """The model card and what else stands beside exported weights; rank 0 alone writes them."""
+        if self.state.rank != 0:
+            return {}
+        config, name = self.config, Path(where).absolute().name
+        run = describe_run(asdict(config), config.checkpoint.save, self.iteration)
+        dtype = str(config.model.params_dtype).removeprefix("torch.")
+        return export_documents(Subject(name, self.directory.config, dtype, run=run), self.directory)

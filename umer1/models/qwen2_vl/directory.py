@@ -1,6 +1,7 @@
 """A Hugging Face Qwen2-VL directory as umer1 sees it: checked before it is used, and never executed.
 
-Only JSON and safetensors are read.  `auto_map` entries (code shipped with a model) are ignored and left out of exports.
+Only JSON and safetensors are read.  `auto_map` entries (code shipped with a model) are ignored and left out of exports;
+so is where transformers once loaded the files from, which may be a path of somebody's machine.
 """
 
 import json
@@ -40,6 +41,7 @@ _ASSETS = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_NOT_PASSED_ON = ("auto_map", "_name_or_path", "name_or_path")  # Python code, and where files were loaded from
 _MAX_ASSET_BYTES = 64 << 20  # Qwen2-VL's tokenizer.json has 7 MB
 
 
@@ -155,11 +157,11 @@ def _dump(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _without_code(value: Any) -> Any:
-    """Drop `auto_map` (a pointer to Python code) at every level: neither used here nor passed on."""
+def _to_pass_on(value: Any) -> Any:
+    """`value` less the keys of _NOT_PASSED_ON, at every level."""
     if isinstance(value, dict):
-        return {key: _without_code(item) for key, item in value.items() if key != "auto_map"}
-    return [_without_code(item) for item in value] if isinstance(value, list) else value
+        return {key: _to_pass_on(item) for key, item in value.items() if key not in _NOT_PASSED_ON}
+    return [_to_pass_on(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_assets(path: Path) -> dict[str, str]:
@@ -176,8 +178,8 @@ def _read_assets(path: Path) -> dict[str, str]:
             raise UserError(f"{file} cannot be read as UTF-8 text: {error}.") from error
         if name.endswith(".json") and name not in ("tokenizer.json", "vocab.json"):
             content = _parse(path, assets, name)  # faults are said now, not when the files are written beside a result
-            if "auto_map" in assets[name]:
-                assets[name] = _dump(_without_code(content))
+            if any(f'"{key}"' in assets[name] for key in _NOT_PASSED_ON):
+                assets[name] = _dump(_to_pass_on(content))
     missing = [name for name in ("config.json", "tokenizer.json") if name not in assets]
     if missing:
         hint = ""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 
 from umer1 import __version__
 from umer1.atomic_directory import aside_path, publish
-from umer1.files import write_json
+from umer1.files import write_json, write_text
 from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
 from umer1.models.qwen2_vl.safetensors_index import INDEX_NAME, SINGLE_NAME
 from umer1.models.qwen2_vl.weight_table import hf_shapes
@@ -34,11 +35,19 @@ def destination_problem(destination: str | Path) -> str | None:
 class DirectoryWriter:
     """Rank 0's side of an export: shards of at most `max_shard_bytes`, the index, the assets, then the name.
 
+    documents: relative path -> text of further files.
     A failure is kept until `finish`, so that the collective export goes on and no rank waits for one that has left.
     """
 
-    def __init__(self, destination: Path, source: HFDirectory, dtype: torch.dtype, max_shard_bytes: int):
-        self.destination, self.source, self.dtype = destination, source, dtype
+    def __init__(
+        self,
+        destination: Path,
+        source: HFDirectory,
+        dtype: torch.dtype,
+        max_shard_bytes: int,
+        documents: Mapping[str, str],
+    ):
+        self.destination, self.source, self.dtype, self.documents = destination, source, dtype, documents
         self.aside = aside_path(destination)
         self.plan = _plan_shards(hf_shapes(source.config), dtype.itemsize, max_shard_bytes)
         self.pending: dict[str, torch.Tensor] = {}
@@ -72,6 +81,8 @@ class DirectoryWriter:
             total = sum(torch.Size(shape).numel() for shape in sizes) * self.dtype.itemsize
             write_json(self.aside / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": self.plan})
         save_assets(self.source, self.aside, dtype=str(self.dtype).removeprefix("torch."))
+        for name, text in self.documents.items():
+            write_text(self.aside / name, text)
         write_json(self.aside / MARKER, {"umer1": __version__, "dtype": str(self.dtype).removeprefix("torch.")})
         publish(self.aside, self.destination)
 

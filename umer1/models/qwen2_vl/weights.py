@@ -5,7 +5,7 @@ Export: collective, one row of the weight table at a time; rank 0 gets each tens
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -149,15 +149,19 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    documents: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights (Hub names, `dtype` or the parameters' own) and `source`'s assets to `destination`; collective.
 
+    documents: relative path -> text of further files; those of rank 0 count.
     An earlier export there is replaced in one step.  Raises UserError on every rank when rank 0 could not write.
     """
     destination = Path(destination).absolute()
     agree(destination_problem(destination) if parallel.rank == 0 else None, parallel)
     dtype = dtype or next(iter(named_weights(models).values())).dtype
-    writer = DirectoryWriter(destination, source, dtype, max_shard_bytes) if parallel.rank == 0 else None
+    writer = None
+    if parallel.rank == 0:
+        writer = DirectoryWriter(destination, source, dtype, max_shard_bytes, documents or {})
     for name, tensor in export_hf(models, parallel):
         writer.add(name, tensor)
     agree(writer.finish() if writer else None, parallel)

@@ -1,0 +1,13 @@
+"""What stands beside the weights of every export: the card and the files of sentence-transformers."""
+
+from umer1.data.images import ImageConfig
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.sharing.card import Subject, model_card
+from umer1.sharing.module_files import module_files
+
+
+def export_documents(subject: Subject, directory: HFDirectory) -> dict[str, str]:
+    """Relative path -> text, for `save_hf`.  directory: where the exported configuration and settings are from."""
+    config = directory.config
+    pictures = ImageConfig.from_settings(config.vision, directory.image_settings, directory.video_settings)
+    return module_files(config.hidden_size, pictures) | {"README.md": model_card(subject)}
