@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from grpo_world import Setting as GRPOSetting
+from grpo_world import records
 from safetensors.torch import load_file
 from sft_reference import write_pairs
 from slurm_cluster import cluster, missing
@@ -125,3 +127,32 @@ def test_a_failure_ends_the_job_and_its_dependents_wait_in_vain(slurm, setting, 
     assert slurm.wait(job) == "FAILED"
     assert "global_batch_size=5 is not a multiple of the 2 data-parallel ranks" in log(folder, job)
     assert slurm.wait(after) == "CANCELLED"
+
+
+@pytest.mark.thorough
+def test_grpo_with_engines_on_a_node_of_their_own(slurm, tmp_path):
+    pytest.importorskip("vllm")
+    setting = GRPOSetting(tmp_path / "setting", layers=2, hidden=128)
+    folder = tmp_path / "job"
+    folder.mkdir()
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    flags = setting.flags("--rollout-engine", "vllm", "--max-completion-length", "8", "--num-generations", "2")
+    flags += [
+        "--train-iters",
+        "3",
+        "--save",
+        "run",
+        "--parity-interval",
+        "1",
+        "--parity-threshold",
+        "1e-3",
+        "--export-hf",
+        "hf",
+    ]
+    options = ["--nodes=2", "--gpus-per-node=0", "examples/slurm/grpo.sbatch"]
+    job = slurm.submit(*options, *flags, cwd=folder, PYTHON=sys.executable, ENGINE_NODES="1")
+    assert slurm.wait(job, 400) == "COMPLETED", log(folder, job)
+    assert "training is complete" in log(folder, job)
+    assert [record["iteration"] for record in records(folder / "run")] == [1, 2, 3]
+    assert (folder / "logs" / job / "0" / "engine-0.log").exists()
+    assert (folder / "hf" / "model.safetensors").exists()
