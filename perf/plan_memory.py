@@ -1,4 +1,4 @@
-"""Memory that `umer1 plan` predicts against memory that training takes: ten CPU runs in child processes.
+"""Memory that `umer1 plan` predicts against memory that training takes: thirteen CPU runs in child processes.
 
     python perf/plan_memory.py [--only NAME ...] [--results DIR]
 
@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from plan_cases import Case, compare, shape
+from plan_policy_case import PolicyCase, compare_policy
 from provenance import new_record, save_record
 
 from umer1.testing import run_distributed
@@ -82,6 +83,27 @@ CASES = [
         sides=(SHORT, SHORT),
         parallel={"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 3, **FULL},
     ),
+    PolicyCase(
+        name="GRPO",
+        world_size=1,
+        model=NARROW,
+        pairs=2,
+        group=4,
+        micro_batch=4,
+        response=96,
+        prompt={"text": 64, "grid": (16, 16)},
+    ),
+    PolicyCase(
+        name="GRPO, recompute",
+        world_size=1,
+        model=DEEP,
+        pairs=2,
+        group=4,
+        micro_batch=8,
+        response=160,
+        prompt={"text": 32, "grid": (12, 12)},
+        parallel=FULL,
+    ),
 ]
 
 
@@ -95,7 +117,9 @@ def main() -> None:
     for case in CASES:
         if options.only and case.name not in options.only:
             continue
-        rows = run_distributed(compare, case.world_size, case, timeout=280)
+        rows = run_distributed(
+            compare if isinstance(case, Case) else compare_policy, case.world_size, case, timeout=280
+        )
         for row in rows:
             row["error"] = row["predicted_bytes"] / row["measured_bytes"] - 1
             worst = max(worst, abs(row["error"]))
@@ -107,7 +131,7 @@ def main() -> None:
     sys.exit(worst > LIMIT)
 
 
-def told(case: Case, row: dict[str, Any]) -> str:
+def told(case: Case | PolicyCase, row: dict[str, Any]) -> str:
     sizes = f"{row['predicted_bytes'] / 2**20:8.1f} MiB predicted, {row['measured_bytes'] / 2**20:8.1f} MiB measured"
     return f"{case.name}, rank {row['rank']}: {sizes}, {100 * row['error']:+.1f}% (at: {row['moment']})"
 

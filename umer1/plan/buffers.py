@@ -76,6 +76,8 @@ class StateBytes:
     """AdamW's two fp32 moments."""
     largest_buffer: int
     """Weights of the largest chunk's buffer: what one collective gathers."""
+    trained: int
+    """Trained parameters, a number of elements without padding."""
 
     @property
     def optimizer(self) -> int:
@@ -102,4 +104,5 @@ def state_bytes(
         updated += buffer.shard
         largest = max(largest, buffer.numel * itemsize)
     main = 4 * updated if itemsize < 4 else 0
-    return StateBytes(parameters, gradients, main, 8 * updated, largest)
+    trained = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.trained)
+    return StateBytes(parameters, gradients, main, 8 * updated, largest, trained)

@@ -28,8 +28,13 @@ class HeadBytes:
     """The gradient of the head's weight, which stays until the weight's other use (tied embeddings) has its own."""
 
 
-def head_bytes(config: Qwen2VLConfig, rows: int, *, tp: int, itemsize: int, device: str) -> HeadBytes:
-    """device: "cuda" or "cpu"; on CPU bf16 operands are turned into fp32 copies."""
+def head_bytes(
+    config: Qwen2VLConfig, rows: int, *, tp: int, itemsize: int, device: str, logprobs: bool = False
+) -> HeadBytes:
+    """device: "cuda" or "cpu"; on CPU bf16 operands are turned into fp32 copies.
+
+    logprobs: linear_logprobs, which always makes its gradients in the backward; linear_cross_entropy else.
+    """
     h, columns = config.hidden_size, config.padded_vocab_size(tp) // tp
     a, limit = itemsize, default_block_bytes(torch.device(device))
 
@@ -46,7 +51,7 @@ def head_bytes(config: Qwen2VLConfig, rows: int, *, tp: int, itemsize: int, devi
     products = 4 * h * max(block, rows) + upcast * block * h
     making = hidden_gradient + scaled + weight + rounded + products
     row_bytes = rows * h * a
-    if rows * columns * 4 <= limit:
+    if rows * columns * 4 <= limit and not logprobs:
         kept = weight + row_bytes
         return HeadBytes(row_bytes, max(logits + forward_copies, logits + making), kept, kept, weight)
     # The last block's logits are there until the next one's stand in their place.

@@ -13,6 +13,8 @@ from umer1.plan.timeline import Timeline
 class StagePasses:
     """Passes of one stage on a timeline.  kinds: embeddings of a side that have a loss."""
 
+    logprobs = False  # the head gives log-probs and not a cross-entropy
+
     def __init__(self, setup: Setup, stage: int, line: Timeline, *, kinds: int, cross_entropy: bool):
         self.setup, self.line, self.kinds, self.cross_entropy = setup, line, kinds, cross_entropy
         self.first, self.last = stage == 0, stage == setup.layout.pp - 1
@@ -50,6 +52,7 @@ class StagePasses:
             tp=self.setup.layout.tp,
             itemsize=self.setup.itemsize,
             device=self.setup.device,
+            logprobs=self.logprobs,
         )
 
     def features(self, batch: PackedBatch) -> int:

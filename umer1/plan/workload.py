@@ -1,9 +1,11 @@
 """Micro-batches that nobody has loaded: the shapes of a PackedBatch, with tensors that have no memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from umer1.data.loader import DataConfig
+from umer1.data.packing import plan_micro_batches
 from umer1.data.schema import PackedBatch
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 
@@ -65,3 +67,56 @@ def imagine(config: Qwen2VLConfig, sides: list[Side], *, pad_to_multiple: int = 
         supervised_sides=ids(rows),
         num_real_tokens=real,
     )
+
+
+@dataclass(slots=True)
+class PolicyWork:
+    """A micro-batch of rollouts, and the prompts in it whose pictures no earlier one had."""
+
+    batch: PackedBatch
+    new: PackedBatch | None
+
+
+def imagine_pairs(
+    config: Qwen2VLConfig, side: Side, pairs: int, data: DataConfig, *, pad_to_multiple: int = 1, multiple_of: int = 1
+) -> list[PackedBatch]:
+    """`pairs` equal pairs in micro-batches, cut as StepMaker cuts them."""
+    places = plan_micro_batches(
+        [2 * side.tokens(config)] * pairs,
+        [2 * side.patches] * pairs,
+        data.micro_batch_size,
+        data.max_tokens_per_micro_batch,
+        data.max_patches_per_micro_batch,
+        multiple_of=multiple_of,
+    )
+    return [imagine(config, [side] * (2 * len(batch)), pad_to_multiple=pad_to_multiple) for batch in places]
+
+
+def imagine_rollouts(
+    config: Qwen2VLConfig,
+    prompts: list[Side],
+    responses: list[list[int]],
+    data: DataConfig,
+    *,
+    pad_to_multiple: int = 1,
+    multiple_of: int = 1,
+) -> list[PolicyWork]:
+    """Rollouts in micro-batches, cut as the GRPO trainer cuts them; responses: lengths of each prompt's."""
+    rollouts = [(number, length) for number, lengths in enumerate(responses) for length in lengths]
+    sides = [replace(prompts[number], response=length) for number, length in rollouts]
+    places = plan_micro_batches(
+        [side.tokens(config) for side in sides],
+        [side.patches for side in sides],
+        data.micro_batch_size,
+        data.max_tokens_per_micro_batch,
+        data.max_patches_per_micro_batch,
+        multiple_of=multiple_of,
+    )
+    found, seen = [], set()
+    for batch in places:
+        numbers = list(dict.fromkeys(rollouts[place][0] for place in batch))
+        new = [prompts[number] for number in numbers if number not in seen]
+        seen.update(numbers)
+        made = imagine(config, [sides[place] for place in batch], pad_to_multiple=pad_to_multiple)
+        found.append(PolicyWork(made, imagine(config, new) if new else None))
+    return found
