@@ -11,6 +11,7 @@ COMMANDS = {
     "encode": ("umer1.inference.encode", "JSONL of inputs -> embeddings, in disc or gen mode"),
     "eval": ("umer1.evaluation.command", "score a model on a benchmark"),
     "share": ("umer1.sharing.share", "a model directory for others: sentence-transformers files and a model card"),
+    "plan": ("umer1.plan.command", "memory, layout and speed of a training run, before anything of it exists"),
     "serve-rollouts": ("umer1.rl.engines.vllm_serve", "a vLLM engine for GRPO that trainers reach over TCP"),
     "compare": ("umer1.evaluation.compare", "results of several runs side by side"),
 }

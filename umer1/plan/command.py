@@ -1,0 +1,70 @@
+"""`umer1 plan`: what a training run would take, before anything of it exists.
+
+    umer1 plan sft --config examples/configs/qwen2_vl_2b_sft.yaml --shape qwen2-vl-2b --world-size 8 --hardware h100
+    umer1 plan grpo --config FILE --hf-model DIR --world-size 64 --hardware h200 --json
+
+Needs no GPU and no weights: the model's shape is that of --shape, or of --hf-model's config.json.  Every setting of
+training is legal, and the settings' own rules are checked for --world-size processes; paths of data and checkpoints
+are not looked at.  The memory is counted allocation by allocation (docs/plan.md tells how far it is right); times rest
+on assumptions that are named.  --json writes the whole plan as JSON; status 1: the run would not fit.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from umer1.configuration import help_text, load_config
+from umer1.errors import UserError
+from umer1.plan.predict import Plan, make_plan
+from umer1.plan.report import as_json, as_text, header, settings_text
+from umer1.plan.settings import GRPOPlanConfig, SFTPlanConfig, without_files
+from umer1.plan.shapes import find_shape
+from umer1.training.config import SFTConfig
+from umer1.training.policy_config import GRPOConfig
+
+STAGES = {"sft": (SFTPlanConfig, SFTConfig), "grpo": (GRPOPlanConfig, GRPOConfig)}
+
+
+def main(argv: list[str]) -> None:
+    """Run the command.  Raises ConfigError with every violation at once."""
+    stages = " or ".join(STAGES)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        print(f"\numer1 plan {stages} --help lists every setting")
+        return
+    if argv[0] not in STAGES:
+        raise UserError(f"{argv[0]!r} is no stage of training; use {stages}")
+    stage, rest = argv[0], [word for word in argv[1:] if word != "--json"]
+    if {"-h", "--help"} & set(rest):
+        print(help_text(STAGES[stage][0], __doc__))
+        return
+    plan = read_plan(stage, rest)
+    if "--json" in argv:
+        print(json.dumps(as_json(plan), indent=2))
+    else:
+        print("\n\n".join([header(plan.settings, stage), settings_text(plan), as_text(plan)]))
+    if plan.problems():
+        sys.stdout.flush()
+        sys.exit(1)
+
+
+def read_plan(stage: str, argv: list[str]) -> Plan:
+    """The plan of `argv`, flags as the training program takes them and those of PlanConfig."""
+    config_class, training_class = STAGES[stage]
+    shapes: list[Any] = []
+
+    def check(config: Any) -> list[str]:
+        try:
+            shapes.append(find_shape(config.plan.shape, Path(config.model.source)))
+        except UserError as error:
+            return [str(error)]
+        if config.plan.world_size < 1:
+            return []
+        return config.layout_violations(shapes[0], config.plan.world_size)
+
+    config = load_config(config_class, argv, further=check)
+    settings, bare = config.plan, without_files(config)
+    names = training_class.__dataclass_fields__
+    training = training_class(**{name: getattr(bare, name) for name in names})
+    return make_plan(training, shapes[0], settings)

@@ -1,0 +1,97 @@
+"""The settings of a plan: those of training as they stand, and what only a plan asks."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from umer1.errors import UserError
+from umer1.plan.hardware import find_hardware
+from umer1.plan.shapes import ShapeName
+from umer1.plan.workload import Side
+from umer1.training.config import SFTConfig
+from umer1.training.policy_config import GRPOConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """The cluster, and what is assumed about data and speed"""
+
+    world_size: int = 8
+    """Processes of the run, one a device."""
+    gpus_per_node: int = 8
+    """Devices of one node: ranks are counted node by node."""
+    hardware: str = "h100"
+    """h100, h200, a100 or cpu: memory and peak rate of one device."""
+    shape: ShapeName | None = None
+    """The model by name, in place of --hf-model's config.json."""
+    text_tokens: int = 160
+    """Assumed tokens of a side's prompt, pictures left out."""
+    response_tokens: int = 520
+    """Assumed tokens of a side's response: the published SFT file has about 2,080 characters a side."""
+    patches_per_side: int = 1564
+    """Assumed patches of a side's pictures: one of 640 x 480 pixels."""
+    rollout_tokens: int = 403
+    """Assumed tokens of a GRPO response: the mean that UME-R1-2B is reported with."""
+    assumed_utilisation: float = 0.4
+    """Assumed share of the device's peak that all executed matrix products reach together."""
+    assumed_bandwidth: float = 0.5
+    """Assumed share of the memory's bandwidth that decoding reaches."""
+
+    def violations(self) -> list[str]:
+        found = []
+        for name in ("world_size", "gpus_per_node", "text_tokens", "rollout_tokens"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        for name in ("response_tokens", "patches_per_side"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must be 0 or above")
+        if self.patches_per_side % 4:
+            found.append(f"patches_per_side={self.patches_per_side} must be a multiple of 4: 2 x 2 make a token")
+        for name in ("assumed_utilisation", "assumed_bandwidth"):
+            if not 0 < getattr(self, name) <= 1:
+                found.append(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        try:
+            find_hardware(self.hardware)
+        except UserError as error:
+            found.append(str(error).removeprefix("--"))
+        return found
+
+    @property
+    def num_nodes(self) -> int:
+        return math.ceil(self.world_size / self.gpus_per_node)
+
+    def side(self, *, response: int) -> Side:
+        """A side as it is assumed."""
+        return Side(text=self.text_tokens, response=response, patches=self.patches_per_side)
+
+
+def without_files(config: Any) -> Any:
+    """The same settings with nothing said about data, checkpoints and exports: a plan looks at no such path."""
+    fields = {
+        "model": replace(config.model, export_hf=None),
+        "data": replace(config.data, data_path=None, data_root=None),
+        "checkpoint": replace(config.checkpoint, save=None, load=None, ckpt_step=None, finetune=False),
+    }
+    if isinstance(config, GRPOConfig):
+        fields["heldout"] = replace(config.heldout, eval_data_path=None, eval_data_root=None)
+    return replace(config, **fields)
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTPlanConfig(SFTConfig):
+    """Settings of SFT and of its plan."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def violations(self) -> list[str]:
+        return self.plan.violations() + SFTConfig.violations(without_files(self))
+
+
+@dataclass(kw_only=True, slots=True)
+class GRPOPlanConfig(GRPOConfig):
+    """Settings of GRPO and of its plan."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def violations(self) -> list[str]:
+        return self.plan.violations() + GRPOConfig.violations(without_files(self))

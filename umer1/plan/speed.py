@@ -1,0 +1,64 @@
+"""FLOPs of a step by the formula of training/flops.py, and a time that rests on stated assumptions.
+
+executed = model FLOPs + what memory costs: the first pass of cached contrastive, layers that are recomputed
+seconds  = executed / (devices x peak x assumed utilisation) x pipeline bubble (+ decoding, for GRPO)
+decoding = tokens one after another, each reading weights and caches once at the assumed share of the bandwidth
+"""
+
+from dataclasses import dataclass
+
+from umer1.data.schema import PackedBatch
+from umer1.plan.setup import Setup
+from umer1.training.flops import forward_flops
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of one step over all ranks."""
+
+    model: float
+    """Forward and backward of what the method asks for: what MFU counts."""
+    executed: float
+    """With recomputation and first passes."""
+    tokens: int
+    """Of all sequences that are trained on."""
+    patches: int
+    bubble: float
+    """Factor by which pipeline stages that wait make the step longer."""
+
+
+def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, vision_once: float = 1.0) -> Work:
+    """Of one data-parallel rank's micro-batches times DP.
+
+    scoring_passes: forwards beside the one that is learnt from: those that the method asks for (GRPO's old and
+    reference log-probs).  vision_once: share of the ViT's work that is done, where sequences share pictures.
+    """
+    config, layout = setup.config, setup.layout
+    decoder = vision = logits = attention = 0.0
+    for batch in batches:
+        parts = forward_flops(batch, setup.model)
+        decoder, vision, logits = decoder + parts[0], vision + parts[1] * vision_once, logits + parts[2]
+        lengths = batch.cu_seqlens.diff().double()
+        width = setup.model.num_attention_heads * setup.model.head_dim
+        attention += setup.model.num_layers * 2.0 * width * float((lengths**2).sum())
+    model = (3 + scoring_passes) * (decoder + logits) + (3 if config.model.train_vision else 1) * vision
+    extra = {"full": decoder, "selective": attention}.get(config.parallel.recompute_granularity, 0.0)
+    extra += logits  # made again in the backward
+    if not scoring_passes and config.loss.cached_contrastive and len(batches) > 1:
+        extra += decoder + (vision if config.model.train_vision else 0.0)
+    turns = len(batches) * layout.virtual
+    return Work(
+        model=model * layout.dp,
+        executed=(model + extra) * layout.dp,
+        tokens=sum(batch.num_real_tokens for batch in batches) * layout.dp,
+        patches=sum(len(batch.pixel_values) for batch in batches) * layout.dp,
+        bubble=(turns + layout.pp - 1) / turns,
+    )
+
+
+def train_seconds(setup: Setup, work: Work, utilisation: float) -> float | None:
+    """None for a device without a known peak."""
+    peak = setup.hardware.bf16_flops
+    if peak is None:
+        return None
+    return work.executed / (setup.world_size * peak * utilisation) * work.bubble
