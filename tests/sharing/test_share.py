@@ -3,6 +3,9 @@
 import json
 import re
 import secrets
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,11 @@ from tiny_qwen2_vl import make_tiny_directory
 import umer1
 from umer1 import conversion
 from umer1.checkpoints.fingerprint import model_fingerprint
-from umer1.data.prompts import user_text
+from umer1.data.prompts import SUFFIX, chat_text, user_text, vision_block
 from umer1.errors import ConfigError, UserError
 from umer1.inference.encode import main as encode
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.rl.engines.vllm_process import engine_environment
 from umer1.sharing.scores import read_results
 from umer1.sharing.share import main
 from umer1.sharing.training_run import note_start, pairs_of, read_run
@@ -97,12 +101,19 @@ def test_the_prompt_is_the_methods_up_to_disc_emb(shared, sentence_model):
     assert shown == head + user_text(text).split("<disc_emb>")[0] + "<disc_emb>"
 
 
-def test_the_cards_python_runs(shared, capsys, monkeypatch):
+def test_the_cards_examples_run(shared, media, capsys, monkeypatch):
     pytest.importorskip("sentence_transformers")
-    code = re.search(r"```python\n(.*?)```", (shared / "README.md").read_text(), re.DOTALL).group(1)
+    blocks = re.findall(r"```(\w*)\n(.*?)\n```", (shared / "README.md").read_text(), re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "", ""] and blocks[2][1] == SUFFIX
     monkeypatch.chdir(shared.parent)  # the card names the model as its directory is named
-    exec(code, {})
+    exec(blocks[0][1], {})
     assert "(2, 128)" in capsys.readouterr().out
+    folder, inputs = media
+    Path("inputs.jsonl").write_text(inputs.read_text())
+    program, command, *flags = shlex.split(blocks[1][1].replace("DIR", str(folder)))
+    assert (program, command) == ("umer1", "encode")
+    encode([*flags, "--max-new-tokens", "4"])
+    assert np.load("embeddings.npz")["embeddings"].shape == (len(INPUTS), 128)
 
 
 @pytest.fixture
@@ -227,3 +238,30 @@ def test_vllm_still_takes_it_for_a_model_that_generates(shared):
     """vLLM makes a pooling model of a directory whose modules.json names a pooling class in a way that it knows."""
     config = pytest.importorskip("vllm.transformers_utils.config")
     assert config.get_pooling_config(str(shared), None) is None
+
+
+@pytest.mark.thorough
+def test_vllm_gives_umer1s_responses(shared, tmp_path):
+    """As users call vLLM, with nothing set for this model.  The picture needs no resize, where vLLM has its own."""
+    pytest.importorskip("vllm")
+    seed = secrets.randbits(32)
+    pixels = np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    items = [{"id": "text", "text": "one red square"}, {"id": "image", "text": "What is there?", "image": "a.png"}]
+    asked = []
+    for item in items:
+        content = ("image" in item) * vision_block(1) + user_text(item["text"])
+        asked.append({"prompt": chat_text(content), "image": str(tmp_path / "a.png") if "image" in item else None})
+    (tmp_path / "prompts.json").write_text(json.dumps(asked))
+    (tmp_path / "inputs.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    flags = ["--model", str(shared), "--input", str(tmp_path / "inputs.jsonl"), "--data-root", str(tmp_path), "--fp32"]
+    flags += ["--mode", "gen", "--no-stop-at-gen-emb", "--missing-gen-emb", "disc", "--max-new-tokens", "16"]
+    encode([*flags, "--output", str(tmp_path / "own.npz")])
+    own = [json.loads(line)["token_ids"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    program = Path(__file__).with_name("vllm_generates.py")
+    command = [sys.executable, str(program), str(shared), str(tmp_path / "prompts.json"), "16"]
+    done = subprocess.run(command, env=engine_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    end = HFDirectory.open(shared).special.im_end
+    found = [[token for token in ids if token != end] for ids in json.loads(done.stdout.splitlines()[-1])]
+    assert found == own, f"seed {seed}"

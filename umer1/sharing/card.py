@@ -99,7 +99,7 @@ def metadata(subject: Subject) -> dict[str, Any]:
         _result(results.benchmark, score)
         for results in subject.results
         for score in results.scores
-        if score.queries is not None
+        if score.queries is not None and score.way != "oracle"  # nobody can use a model that way
     ]
     if scored:
         found["model-index"] = [{"name": subject.name, "results": scored}]
