@@ -133,7 +133,8 @@ def _training(run: TrainingRun) -> list[str]:
         parts = [f"{run.stage}, started from {origin}; how many steps were done was not recorded."]
     else:
         seen = run.step * data["global_batch_size"]
-        parts = [f"{run.stage}, {run.step:,} steps ({seen:,} pairs), started from {origin}."]
+        steps = f"{run.step:,} step{'' if run.step == 1 else 's'}"
+        parts = [f"{run.stage}, {steps} ({seen:,} pairs), started from {origin}."]
     if run.pairs:
         rows = [(name or "(unnamed)", f"{count:,}") for name, count in sorted(run.pairs.items())]
         parts.append(_table(("data set", "pairs"), [*rows, ("all", f"{sum(run.pairs.values()):,}")]))
