@@ -8,7 +8,9 @@ rollouts where it is installed and plain sampling elsewhere.  Real runs:
     torchrun --nproc-per-node 8 examples/grpo.py --config examples/configs/qwen2_vl_2b_grpo.yaml \\
         --hf-model runs/2b-hf --data-path rl.json --data-root data --save runs/2b-grpo --export-hf runs/2b-grpo-hf
 
-A run that was stopped goes on from its newest valid checkpoint when the same command is given again.
+A run that was stopped goes on from its newest valid checkpoint when the same command is given again.  With --dry-run
+--world-size 64 the command is checked on this machine as 64 processes would check it, and its memory and speed planned
+(docs/plan.md); nothing is trained.
 """
 
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from umer1.configuration import help_text
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import exit_on_user_error
+from umer1.plan import dry_run
 from umer1.training.grpo import GRPOTrainer
 from umer1.training.launch import default_policy_violations, prepare_default_prompts, read_command_line
 from umer1.training.policy_config import GRPOConfig
@@ -30,6 +33,10 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         if os.environ.get("RANK", "0") == "0":
             print(help_text(GRPOConfig, __doc__))
+        return
+    if dry_run.is_asked(sys.argv[1:]):
+        with exit_on_user_error("grpo"):
+            dry_run.dry_run("grpo", sys.argv[1:], DEFAULT_CONFIG, default_policy_violations)
         return
     end_with_launcher()
     with exit_on_user_error("grpo"):

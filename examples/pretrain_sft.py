@@ -7,7 +7,9 @@ trains the embedded default (a tiny Qwen2-VL on generated pictures) on 1, 2 or 4
     torchrun --nproc-per-node 8 examples/pretrain_sft.py --config examples/configs/qwen2_vl_2b_sft.yaml \\
         --hf-model Qwen2-VL-2B-Instruct --data-path train.jsonl --data-root data --save runs/2b --export-hf runs/2b-hf
 
-A run that was stopped goes on from its newest valid checkpoint when the same command is given again.
+A run that was stopped goes on from its newest valid checkpoint when the same command is given again.  With --dry-run
+--world-size 64 the command is checked on this machine as 64 processes would check it, and its memory and speed planned
+(docs/plan.md); nothing is trained.
 """
 
 import os
@@ -17,6 +19,7 @@ from pathlib import Path
 from umer1.configuration import help_text
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import exit_on_user_error
+from umer1.plan import dry_run
 from umer1.training.config import SFTConfig
 from umer1.training.launch import prepare_default_data, read_command_line
 from umer1.training.sft import SFTTrainer
@@ -29,6 +32,10 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         if os.environ.get("RANK", "0") == "0":
             print(help_text(SFTConfig, __doc__))
+        return
+    if dry_run.is_asked(sys.argv[1:]):
+        with exit_on_user_error("pretrain_sft"):
+            dry_run.dry_run("sft", sys.argv[1:], DEFAULT_CONFIG)
         return
     end_with_launcher()
     with exit_on_user_error("pretrain_sft"):

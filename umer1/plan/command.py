@@ -18,12 +18,10 @@ from umer1.configuration import help_text, load_config
 from umer1.errors import UserError
 from umer1.plan.predict import Plan, make_plan
 from umer1.plan.report import as_json, as_text, header, settings_text
-from umer1.plan.settings import GRPOPlanConfig, SFTPlanConfig, without_files
+from umer1.plan.settings import GRPOPlanConfig, SFTPlanConfig, training_part, without_files
 from umer1.plan.shapes import find_shape
-from umer1.training.config import SFTConfig
-from umer1.training.policy_config import GRPOConfig
 
-STAGES = {"sft": (SFTPlanConfig, SFTConfig), "grpo": (GRPOPlanConfig, GRPOConfig)}
+STAGES = {"sft": SFTPlanConfig, "grpo": GRPOPlanConfig}
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[0]!r} is no stage of training; use {stages}")
     stage, rest = argv[0], [word for word in argv[1:] if word != "--json"]
     if {"-h", "--help"} & set(rest):
-        print(help_text(STAGES[stage][0], __doc__))
+        print(help_text(STAGES[stage], __doc__))
         return
     plan = read_plan(stage, rest)
     if "--json" in argv:
@@ -51,7 +49,6 @@ def main(argv: list[str]) -> None:
 
 def read_plan(stage: str, argv: list[str]) -> Plan:
     """The plan of `argv`, flags as the training program takes them and those of PlanConfig."""
-    config_class, training_class = STAGES[stage]
     shapes: list[Any] = []
 
     def check(config: Any) -> list[str]:
@@ -63,8 +60,5 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
             return []
         return config.layout_violations(shapes[0], config.plan.world_size)
 
-    config = load_config(config_class, argv, further=check)
-    settings, bare = config.plan, without_files(config)
-    names = training_class.__dataclass_fields__
-    training = training_class(**{name: getattr(bare, name) for name in names})
-    return make_plan(training, shapes[0], settings)
+    config = load_config(STAGES[stage], argv, further=check)
+    return make_plan(training_part(without_files(config)), shapes[0], config.plan)

@@ -1,7 +1,7 @@
 """The settings of a plan: those of training as they stand, and what only a plan asks."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from umer1.errors import UserError
@@ -78,20 +78,42 @@ def without_files(config: Any) -> Any:
 
 
 @dataclass(kw_only=True, slots=True)
-class SFTPlanConfig(SFTConfig):
+class SFTDryRunConfig(SFTConfig):
     """Settings of SFT and of its plan."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def violations(self) -> list[str]:
-        return self.plan.violations() + SFTConfig.violations(without_files(self))
+        return self.plan.violations() + SFTConfig.violations(self)
 
 
 @dataclass(kw_only=True, slots=True)
-class GRPOPlanConfig(GRPOConfig):
+class GRPODryRunConfig(GRPOConfig):
     """Settings of GRPO and of its plan."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def violations(self) -> list[str]:
-        return self.plan.violations() + GRPOConfig.violations(without_files(self))
+        return self.plan.violations() + GRPOConfig.violations(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTPlanConfig(SFTDryRunConfig):
+    """The same, without a look at paths."""
+
+    def violations(self) -> list[str]:
+        return SFTDryRunConfig.violations(without_files(self))
+
+
+@dataclass(kw_only=True, slots=True)
+class GRPOPlanConfig(GRPODryRunConfig):
+    """The same, without a look at paths."""
+
+    def violations(self) -> list[str]:
+        return GRPODryRunConfig.violations(without_files(self))
+
+
+def training_part(config: SFTDryRunConfig | GRPODryRunConfig) -> SFTConfig | GRPOConfig:
+    """What the training program would have read."""
+    training_class = SFTConfig if isinstance(config, SFTConfig) else GRPOConfig
+    return training_class(**{item.name: getattr(config, item.name) for item in fields(training_class)})

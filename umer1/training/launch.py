@@ -32,27 +32,42 @@ def read_command_line(
     opened: list[HFDirectory] = []
 
     def check_files(config: C) -> list[str]:
-        problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
-        problems = [problem] if problem else []  # said now, not after days of training
-        problems += check(config)
-        try:
-            opened.append(open_directory(config))
-        except UserError as error:
-            problems += [str(error)] if str(error) not in problems else []
-        model = opened[0].config if opened else None
-        if isinstance(config, GRPOConfig):
-            problems += engine_violations(config, model)
-        return problems + (config.layout_violations(model, launched_world_size()) if model else [])
+        return program_violations(config, check, launched_world_size(), opened)
 
     config = load_config(config_class, argv, default_config, check_files)
     return config, opened[0]
 
 
-def open_directory(config: Any) -> HFDirectory:
+def program_violations(
+    config: Any,
+    check: Callable[[Any], list[str]],
+    world_size: int,
+    opened: list[HFDirectory],
+    *,
+    weights: bool = True,
+) -> list[str]:
+    """Broken rules that need files or the number of processes; the model directory that could be opened is appended.
+
+    weights: whether the directory must hold them.
+    """
+    problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
+    problems = [problem] if problem else []  # said now, not after days of training
+    problems += check(config)
+    try:
+        opened.append(open_directory(config, weights=weights))
+    except UserError as error:
+        problems += [str(error)] if str(error) not in problems else []
+    model = opened[0].config if opened else None
+    if isinstance(config, GRPOConfig):
+        problems += engine_violations(config, model)
+    return problems + (config.layout_violations(model, world_size) if model else [])
+
+
+def open_directory(config: Any, *, weights: bool = True) -> HFDirectory:
     """Of --hf-model; with --load alone the one kept in its newest checkpoint, without weights; else the tiny base."""
     if config.model.hf_model is None and config.checkpoint.load is not None:
         return HFDirectory.open(newest_assets(Path(config.checkpoint.load)), weights=False)
-    return HFDirectory.open(config.model.source)
+    return HFDirectory.open(config.model.source, weights=weights)
 
 
 def newest_assets(load: Path) -> Path:
