@@ -8,21 +8,11 @@ from umer1.data.processor import IGNORE
 from umer1.data.schema import EncodedPair, Prompt, PromptPair, Sequence
 from umer1.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
 from umer1.models.qwen2_vl.directory import HFDirectory, SpecialTokens
+from umer1.plan.shapes import SHAPES
 
 # Qwen2-VL-2B-Instruct as published, and one for a CPU that only shows that the program runs.
 MODELS = {
-    "Qwen2-VL-2B": Qwen2VLConfig(
-        vision=VisionConfig(hidden_size=1536),
-        hidden_size=1536,
-        num_layers=28,
-        num_attention_heads=12,
-        num_query_groups=2,
-        ffn_hidden_size=8960,
-        vocab_size=151936,
-        rms_norm_eps=1e-6,
-        mrope_section=(16, 24, 24),
-        tie_word_embeddings=True,
-    ),
+    "Qwen2-VL-2B": SHAPES["qwen2-vl-2b"],
     "small": Qwen2VLConfig(
         vision=VisionConfig(depth=2, embed_dim=32, num_heads=2, mlp_ratio=2, hidden_size=64),
         hidden_size=64,

@@ -98,8 +98,8 @@ def _play(plan: Plan, pipeline_stage: int) -> str:
     planned = setup.states(pipeline_stage).gradients // 4
     assert gradients == planned, f"rank {rank}: {gradients} elements of gradients, the plan says {planned}"
     return (
-        f"rank {rank}, first of stage {pipeline_stage}: built with {weights:,} parameters and {gradients:,} elements of "
-        f"gradients, in groups of TP {state.tp_size}, DP {state.dp_size}, PP {state.pp_size}"
+        f"rank {rank}, first of stage {pipeline_stage}: built with {weights:,} parameters and {gradients:,} elements "
+        f"of gradients, in groups of TP {state.tp_size}, DP {state.dp_size}, PP {state.pp_size}"
     )
 
 

@@ -24,16 +24,14 @@ class Parameter:
 # The order in which megatron's local modules hold them, which decides how the gradient buffer is cut over ranks.
 _PARTS = ("vision.patch_embed", "vision.decoder.layers", "vision.merger", "embedding", "decoder.layers")
 _PARTS += ("decoder.final_layernorm", "output_layer")
-_IN_LAYER = ("input_layernorm", "self_attention.linear_proj", "self_attention.linear_qkv", "pre_mlp_layernorm")
-_IN_LAYER += ("mlp.linear_fc1", "mlp.linear_fc2")
+_INSIDE = ("input_layernorm", "self_attention.linear_proj", "self_attention.linear_qkv", "pre_mlp_layernorm")
+_INSIDE += ("ln_q", "mlp.linear_fc1", "mlp.linear_fc2", "linear_fc1", "linear_fc2")
 
 
 def _position(name: str) -> tuple[int, int, int]:
     part = next(number for number, prefix in enumerate(_PARTS) if name.startswith(prefix))
-    found = re.search(r"\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)
-    if not found:
-        return part, 0, 0
-    return part, int(found[1]), _IN_LAYER.index(found[2])
+    layer, inside = re.fullmatch(r"\.?(\d*)\.?(.*?)\.?(?:weight|bias)", name.removeprefix(_PARTS[part])).groups()
+    return part, int(layer or 0), _INSIDE.index(inside) if inside in _INSIDE else 0
 
 
 def stage_parameters(
