@@ -45,9 +45,15 @@ def sentence_model(shared):
     return load_sentence_model(shared)
 
 
+def needed(name: str):
+    """It comes with umer1[share]; transformers loads no processor of Qwen2-VL without torchvision."""
+    pytest.importorskip("torchvision")
+    return pytest.importorskip(name)
+
+
 def load_sentence_model(folder: Path):
     """fp32, as `own_vectors` are."""
-    package = pytest.importorskip("sentence_transformers")
+    package = needed("sentence_transformers")
     settings = {"model_kwargs": {"dtype": torch.float32}, "local_files_only": True}
     return package.SentenceTransformer(str(folder), device="cpu", **settings)
 
@@ -131,7 +137,7 @@ def test_the_prompt_is_the_methods_up_to_disc_emb(shared, sentence_model):
 
 
 def test_the_cards_examples_run(shared, media, capsys, monkeypatch):
-    pytest.importorskip("sentence_transformers")
+    needed("sentence_transformers")
     blocks = re.findall(r"```(\w*)\n(.*?)\n```", (shared / "README.md").read_text(), re.DOTALL)
     assert [language for language, _ in blocks] == ["python", "", ""] and blocks[2][1] == SUFFIX
     monkeypatch.chdir(shared.parent)  # the card names the model as its directory is named
