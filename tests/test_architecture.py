@@ -23,6 +23,7 @@ ALLOWED = {
     "rl": BASE | {"ops", "distributed", "models", "checkpoints", "data", "inference"},
     "evaluation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl"},
     "sharing": BASE | {"distributed", "models", "checkpoints", "data", "inference"},
+    "mining": BASE | {"distributed", "models", "checkpoints", "data", "inference", "evaluation"},
     "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation", "sharing"},
     "annotation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl", "evaluation"},
     "plan": BASE | {"ops", "distributed", "models", "data", "rl", "training"},

@@ -12,6 +12,7 @@ COMMANDS = {
     "eval": ("umer1.evaluation.command", "score a model on a benchmark"),
     "share": ("umer1.sharing.share", "a model directory for others: sentence-transformers files and a model card"),
     "plan": ("umer1.plan.command", "memory, layout and speed of a training run, before anything of it exists"),
+    "mine": ("umer1.mining.mine", "hard negatives of an SFT file, by a model's embeddings"),
     "serve-rollouts": ("umer1.rl.engines.vllm_serve", "a vLLM engine for GRPO that trainers reach over TCP"),
     "compare": ("umer1.evaluation.compare", "results of several runs side by side"),
 }

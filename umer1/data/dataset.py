@@ -65,16 +65,19 @@ class RecordFile:
 
     def read_record(self, index: int) -> Any:
         """The JSON value of a record; BadSample("bad_record") when it is none."""
-        start, length = int(self._index.starts[index]), int(self._index.lengths[index])
+        length = int(self._index.lengths[index])
         if length > MAX_RECORD_BYTES:
             raise BadSample("bad_record", f"the record has {length} bytes, more than {MAX_RECORD_BYTES}")
-        raw = os.pread(self._descriptor(), length, start)
         try:
-            return json.loads(raw)
+            return json.loads(self.read_bytes(index))
         except RecursionError:
             raise BadSample("bad_record", "the record is nested too deeply") from None
         except ValueError as error:
             raise BadSample("bad_record", f"the record is not JSON: {error}") from None
+
+    def read_bytes(self, index: int) -> bytes:
+        """A record as it stands in the file."""
+        return os.pread(self._descriptor(), int(self._index.lengths[index]), int(self._index.starts[index]))
 
     def _descriptor(self) -> int:
         if self._fd is None or self._fd[0] != os.getpid():

@@ -42,6 +42,7 @@ class Side:
     inputs: list[Input]
     fingerprint: str  # the data's version
     identity: str  # of model, data, settings and keys: what results must have been made for
+    generates: bool  # whether a response is sampled; else the state is one of what is there
 
     @property
     def name(self) -> str:
@@ -65,7 +66,7 @@ def make_side(kept: Kept, side: Literal["qry", "tgt"], mode: Literal["disc", "ge
         _input(f"{name}/{side}/{key}", item, place) for place, (key, item) in enumerate(zip(keys, items, strict=True))
     ]
     digest = hashlib.sha256(json.dumps([settings, task.fingerprint, name, side, mode, keys]).encode())
-    return Side(name, side, mode, keys, inputs, task.fingerprint, digest.hexdigest())
+    return Side(name, side, mode, keys, inputs, task.fingerprint, digest.hexdigest(), generates=mode == "gen")
 
 
 def _input(name: str, item: Item, position: int) -> Input:
@@ -75,8 +76,9 @@ def _input(name: str, item: Item, position: int) -> Input:
 class SideEncoder:
     """Embeds sides with one engine; every method is collective.
 
-    embedder: what embeds in gen mode, in place of the engine itself.  allow_bad: leave out inputs that turn out
-    unusable; otherwise they end the run.  save_every: inputs of each copy of the model between two saves.
+    embedder: what embeds, in place of the engine itself.  allow_bad: leave out inputs that turn out unusable; otherwise
+    they end the run, with `flag` as the setting that would let them pass.  save_every: inputs of each copy of the model
+    between two saves.
     """
 
     def __init__(
@@ -87,12 +89,14 @@ class SideEncoder:
         *,
         embedder: Embedder | None,
         allow_bad: bool,
+        flag: str,
         save_every: int,
         num_workers: int,
         progress: Progress,
     ):
         self.engine, self.media, self.generation, self.embedder = engine, media, generation, embedder
-        self.allow_bad, self.save_every, self.num_workers, self.progress = allow_bad, save_every, num_workers, progress
+        self.allow_bad, self.flag, self.save_every = allow_bad, flag, save_every
+        self.num_workers, self.progress = num_workers, progress
 
     def encode(self, side: Side, parts: Parts) -> Done:
         """All results by position on rank 0, nothing elsewhere.
@@ -108,13 +112,13 @@ class SideEncoder:
             self.engine,
             side.inputs,
             self.media,
-            generation=self.generation if side.mode == "gen" else None,
+            generation=self.generation if side.generates else None,
             skip_bad=self.allow_bad,
             num_workers=self.num_workers,
-            embedder=self.embedder if side.mode == "gen" else None,
+            embedder=self.embedder,
             progress=self.progress,
         )
-        for batches in self._rounds(self._plan(costs, side.mode), finished):
+        for batches in self._rounds(self._plan(costs, side.generates), finished):
             begin = time.perf_counter()
             encoded, corrupt = runner.run(batches)
             self._refuse(side, corrupt)
@@ -126,12 +130,12 @@ class SideEncoder:
         done.bad.sort(key=lambda entry: entry.line)
         return done
 
-    def _plan(self, costs: list[Cost | None], mode: str) -> list[list[int]]:
+    def _plan(self, costs: list[Cost | None], generates: bool) -> list[list[int]]:
         """Batches for `Runner.run`.  A forward pass is cut to its budgets by the engine itself: a batch that generates
         is bounded by its cache and by what its pixels take in memory."""
         config, slots = self.engine.config, self.generation.max_sequences
         tokens, patches = config.max_tokens_per_batch, config.max_patches_per_batch
-        if mode == "gen":
+        if generates:
             tokens, patches = self.engine.max_cache_tokens, patches * _DECODED
             slots *= _SLOTS if self.embedder else 1
         groups = self.engine.state.dp_size
@@ -155,7 +159,7 @@ class SideEncoder:
             lines += [f"  and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
             raise UserError(
                 f"{side.task}: {len(bad)} of {len(side.inputs)} inputs cannot be embedded; mend their files, or leave "
-                "them out and have them counted by --allow-missing:\n" + "\n".join(lines)
+                f"them out and have them counted by {self.flag}:\n" + "\n".join(lines)
             )
 
 

@@ -88,4 +88,4 @@ class Parts:
             bad = [BadInput(**entry) for entry in records["bad"]]
             return Done([Encoded(*row) for row in rows], bad, float(records["seconds"]))
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: not a part of this evaluation ({error}); remove {path.parent}") from None
+            raise UserError(f"{path}: not a part of this work ({error}); remove {path.parent}") from None

@@ -1,0 +1,138 @@
+"""Which candidates become whose negatives: positive-aware mining, as NV-Retriever (arXiv 2407.15831) has it.
+
+A candidate near a query is a hard negative, or an answer that nobody marked as one.  What scores nearly as high as the
+positive is taken for the latter: with s the score of the pair's positive, a negative has at most
+
+    s - relative_margin * |s|        (TopK-PercPos; 0.05 leaves negatives below 95% of the positive's score)
+    s - absolute_margin              (TopK-MarginPos)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from umer1.evaluation.topk import top_k
+from umer1.mining.config import MineConfig
+from umer1.mining.corpus import Corpus
+
+
+@dataclass(slots=True)
+class Mined:
+    """Of M pairs."""
+
+    negatives: np.ndarray  # int64 [M, num_negatives]: places of candidates, hardest first; -1 where there is no more
+    scores: np.ndarray  # float32 [M, num_negatives]; nan where there is none
+    positive_scores: np.ndarray  # float32 [M]; nan where a side has no embedding
+    equal: np.ndarray  # int64 [M]: candidates passed over as equal to a positive, or to a negative already taken
+    near: np.ndarray  # int64 [M]: those over the margin
+
+
+def select(
+    corpus: Corpus,
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    config: MineConfig,
+    *,
+    device: torch.device | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Mined:
+    """Negatives of every pair.
+
+    queries float32 [Q, D], candidates float32 [C, D]: unit vectors of the corpus' sides; rows of nan have none.
+    Scores are products of float32 vectors, summed in float64 and rounded, so that equal vectors tie; ties are resolved
+    by place.
+    """
+    count = len(corpus.pairs)
+    mined = Mined(
+        np.full((count, config.num_negatives), -1, dtype=np.int64),
+        np.full((count, config.num_negatives), np.nan, dtype=np.float32),
+        _products(queries, candidates, corpus),
+        np.zeros(count, dtype=np.int64),
+        np.zeros(count, dtype=np.int64),
+    )
+    contents = np.array(corpus.candidates.contents, dtype=np.int64)
+    right = _right_contents(corpus, contents)
+    groups = np.array(corpus.candidates.data_sets, dtype=np.int64)
+    good = np.isfinite(candidates).all(1)
+    usable = np.isfinite(mined.positive_scores)
+    for group in np.unique(groups):
+        pool = np.flatnonzero((groups == group) & good)
+        rows = np.flatnonzero((groups[corpus.positive_of] == group) & usable)
+        wanted = np.unique(corpus.query_of[rows])
+        if not len(wanted):
+            continue
+        # what is equal to a positive is passed over: as many candidates more
+        places = {query: place for place, query in enumerate(wanted.tolist())}
+        most = max(len(right[corpus.queries.contents[query], group]) for query in wanted.tolist())
+        copies = int(np.unique(contents[pool], return_counts=True)[1].max())
+        depth = min(len(pool), config.top_k + most * copies)
+        scores, found = top_k(queries[wanted], candidates[pool], depth, device=device, sum_in=torch.float64)
+        for row in rows.tolist():
+            query = int(corpus.query_of[row])
+            own = right[corpus.queries.contents[query], group]
+            place = places[query]
+            _take(mined, row, scores[place], pool[found[place]], contents, own, config)
+        if progress is not None:
+            progress(len(rows))
+    return mined
+
+
+def _products(queries: np.ndarray, candidates: np.ndarray, corpus: Corpus, block: int = 4096) -> np.ndarray:
+    """float32 [M]: each pair's own score."""
+    found = np.empty(len(corpus.pairs), dtype=np.float32)
+    for start in range(0, len(found), block):
+        part = slice(start, start + block)
+        left = queries[corpus.query_of[part]].astype(np.float64)
+        found[part] = (left * candidates[corpus.positive_of[part]]).sum(1)
+    return found
+
+
+def _right_contents(corpus: Corpus, contents: np.ndarray) -> dict[tuple[int, int], set[int]]:
+    """(content of a query, group) -> contents of the positives of all pairs that ask it."""
+    right: dict[tuple[int, int], set[int]] = {}
+    for query, positive in zip(corpus.query_of.tolist(), corpus.positive_of.tolist(), strict=True):
+        key = corpus.queries.contents[query], corpus.queries.data_sets[query]
+        right.setdefault(key, set()).add(int(contents[positive]))
+    return right
+
+
+def _take(
+    mined: Mined,
+    row: int,
+    scores: np.ndarray,
+    places: np.ndarray,
+    contents: np.ndarray,
+    right: set[int],
+    config: MineConfig,
+) -> None:
+    """The first of a query's candidates, best first, that are allowed."""
+    bound = highest_score(float(mined.positive_scores[row]), config)
+    taken, looked_at, passed, seen = 0, 0, 0, set(right)
+    for score, place in zip(scores.tolist(), places.tolist(), strict=True):
+        content = int(contents[place])
+        if content in seen:
+            mined.equal[row] += 1
+            continue
+        if looked_at == config.top_k or taken == config.num_negatives:
+            break
+        seen.add(content)
+        looked_at += 1
+        if score > bound:
+            mined.near[row] += 1
+        elif passed < config.skip_top:
+            passed += 1
+        else:
+            mined.negatives[row, taken], mined.scores[row, taken] = place, score
+            taken += 1
+
+
+def highest_score(positive: float, config: MineConfig) -> float:
+    """The score that a negative may have at most."""
+    bounds = [float("inf")]
+    if config.relative_margin is not None:
+        bounds.append(positive - config.relative_margin * abs(positive))
+    if config.absolute_margin is not None:
+        bounds.append(positive - config.absolute_margin)
+    return min(bounds)
