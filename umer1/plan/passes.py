@@ -134,7 +134,7 @@ class StagePasses:
                 found["ViT activations"] = depth * each + self.features(batch) + cast
         if self.is_end(chunk):
             # The last layer's output for the final norm, the norm's own, whole under sequence parallelism too.
-            found["activations"] += layer.input + self.hidden(batch)
+            found["final norm"] = layer.input + self.hidden(batch)
             found["embeddings of a micro-batch"] = 3 * self.embeddings(batch)
             if self.cross_entropy:
                 found["head"] = self.head(batch).rows + self.head(batch).kept
@@ -154,7 +154,8 @@ class StagePasses:
         head = kept.pop("head", 0)
         for name, size in kept.items():
             self.line.hold(name, size, "forward")
-        self.line.touch("forward", working=layer.forward if self.setup.parallel.recompute_granularity else layer.input)
+        working = {"full": layer.forward, "selective": layer.attention_dropped + layer.input}
+        self.line.touch("forward", working=working.get(self.setup.parallel.recompute_granularity, layer.input))
         if head:
             self.line.touch("cross-entropy, forward", head=self.head(batch).rows + self.head(batch).forward)
             self.line.drop("head, before")
@@ -173,6 +174,7 @@ class StagePasses:
                 # Of a tied weight on one stage the gradient waits for the embedding's.
                 weight = head.weight_gradient if tied and self.first else 0
             self.line.touch("backward of the embeddings", gradient=(1 + self.kinds) * hidden, head=weight)
+            self.line.drop("final norm", kept.pop("final norm"))
         self.line.hold("head", weight, "backward")
         full = parallel.recompute_granularity == "full"
         again = 0
