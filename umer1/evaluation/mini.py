@@ -21,6 +21,7 @@ from typing import Literal
 
 from umer1 import __version__
 from umer1 import device as devices
+from umer1.checkpoints.fingerprint import model_fingerprint, newest_model
 from umer1.configuration import help_text, load_config
 from umer1.data.media import MediaRoot
 from umer1.data.mini_mmeb import make_mini_mmeb
@@ -37,6 +38,7 @@ from umer1.files import make_folder
 from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.progress import Progress
+from umer1.inference.replicas import on_first
 
 DEFAULT_ROOT = Path("runs/mini-mmeb")  # where training draws it, too
 
@@ -120,10 +122,11 @@ def main(argv: list[str]) -> None:
     processor = make_processor(command.engine, directory)
     with init_distributed(command.engine.parallel(), seed=command.eval.seed) as state:
         benchmark = _open_benchmark(command.eval, state)
+        sha256 = on_first(lambda: model_fingerprint(newest_model(command.engine.model)), state)
         engine = load_engine(command.engine, directory, processor, state)
         result = evaluate(engine, benchmark, command.eval)
         if state.rank == 0:
-            _finish({"model": command.engine.model, **result}, command.eval.output)
+            _finish({"model": command.engine.model, "model_sha256": sha256, **result}, command.eval.output)
         state.barrier()
 
 

@@ -111,8 +111,8 @@ def _subject(config: ShareConfig, model: Path, model_config: Qwen2VLConfig, dtyp
     scored = {found.sha256 for found in results} - {None}
     if scored and scored != {sha256 := model_fingerprint(model)}:
         raise UserError(
-            f"--results are of weights with the SHA-256 {', '.join(sorted(scored))}, and {model} has {sha256}: they "
-            "must be of the model that is shared"
+            f"--results are of files with the SHA-256 {', '.join(sorted(scored))}, and {model} has {sha256}: share the "
+            "very directory or checkpoint that was evaluated"
         )
     checkpoint = is_checkpoint_place(model)
     run = config.run or (str(model.parent) if checkpoint and (model.parent / "config.yaml").is_file() else None)
