@@ -10,6 +10,7 @@ Megatron's gated MLP adds an offset of 0 to the linear half, a copy of f; Transf
 tensors otherwise: a norm's input and output, both of fc1's halves, and the attention's query, key, value and output.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,8 +87,8 @@ def vision_layer(
 ) -> LayerBytes:
     """Of the ViT, which is never sequence-parallel; grid_thw int64 [V, 3] is the micro-batch's."""
     vision, tp, a = config.vision, parallel.tensor_model_parallel_size, itemsize
-    frames = torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0])
-    bounds = torch.nn.functional.pad(frames.cumsum(0), (1, 0)).int()
+    frames = [height * width for times, height, width in grid_thw.tolist() for _ in range(times)]
+    bounds = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32)
     patches, e = int(bounds[-1]), vision.embed_dim
     q, f = e / tp, vision.ffn_hidden_size / tp
     slots, padded = attention_slots(bounds, causal=False, kernel=kernel)
