@@ -25,7 +25,7 @@ class Mined:
     negatives: np.ndarray  # int64 [M, num_negatives]: places of candidates, hardest first; -1 where there is no more
     scores: np.ndarray  # float32 [M, num_negatives]; nan where there is none
     positive_scores: np.ndarray  # float32 [M]; nan where a side has no embedding
-    equal: np.ndarray  # int64 [M]: candidates passed over as equal to a positive, or to a negative already taken
+    right: np.ndarray  # int64 [M]: candidates passed over as a positive of this query, in this pair or another
     near: np.ndarray  # int64 [M]: those over the margin
 
 
@@ -52,28 +52,21 @@ def select(
         np.zeros(count, dtype=np.int64),
         np.zeros(count, dtype=np.int64),
     )
-    contents = np.array(corpus.candidates.contents, dtype=np.int64)
-    right = _right_contents(corpus, contents)
-    groups = np.array(corpus.candidates.data_sets, dtype=np.int64)
+    right = _right(corpus)
+    groups = np.array(corpus.candidates.groups, dtype=np.int64)
     good = np.isfinite(candidates).all(1)
     usable = np.isfinite(mined.positive_scores)
     for group in np.unique(groups):
         pool = np.flatnonzero((groups == group) & good)
         rows = np.flatnonzero((groups[corpus.positive_of] == group) & usable)
-        wanted = np.unique(corpus.query_of[rows])
+        wanted, place_of = np.unique(corpus.query_of[rows], return_inverse=True)
         if not len(wanted):
             continue
-        # what is equal to a positive is passed over: as many candidates more
-        places = {query: place for place, query in enumerate(wanted.tolist())}
-        most = max(len(right[corpus.queries.contents[query], group]) for query in wanted.tolist())
-        copies = int(np.unique(contents[pool], return_counts=True)[1].max())
-        depth = min(len(pool), config.top_k + most * copies)
+        # right answers are passed over: as many candidates more
+        depth = config.top_k + max(len(right[query]) for query in wanted.tolist())
         scores, found = top_k(queries[wanted], candidates[pool], depth, device=device, sum_in=torch.float64)
-        for row in rows.tolist():
-            query = int(corpus.query_of[row])
-            own = right[corpus.queries.contents[query], group]
-            place = places[query]
-            _take(mined, row, scores[place], pool[found[place]], contents, own, config)
+        for row, place in zip(rows.tolist(), place_of.tolist(), strict=True):
+            _take(mined, row, scores[place], pool[found[place]], right[int(corpus.query_of[row])], config)
         if progress is not None:
             progress(len(rows))
     return mined
@@ -89,35 +82,24 @@ def _products(queries: np.ndarray, candidates: np.ndarray, corpus: Corpus, block
     return found
 
 
-def _right_contents(corpus: Corpus, contents: np.ndarray) -> dict[tuple[int, int], set[int]]:
-    """(content of a query, group) -> contents of the positives of all pairs that ask it."""
-    right: dict[tuple[int, int], set[int]] = {}
+def _right(corpus: Corpus) -> dict[int, set[int]]:
+    """Place of a query -> places of the positives of all pairs that ask it."""
+    right: dict[int, set[int]] = {}
     for query, positive in zip(corpus.query_of.tolist(), corpus.positive_of.tolist(), strict=True):
-        key = corpus.queries.contents[query], corpus.queries.data_sets[query]
-        right.setdefault(key, set()).add(int(contents[positive]))
+        right.setdefault(query, set()).add(positive)
     return right
 
 
-def _take(
-    mined: Mined,
-    row: int,
-    scores: np.ndarray,
-    places: np.ndarray,
-    contents: np.ndarray,
-    right: set[int],
-    config: MineConfig,
-) -> None:
+def _take(mined: Mined, row: int, scores: np.ndarray, places: np.ndarray, right: set[int], config: MineConfig) -> None:
     """The first of a query's candidates, best first, that are allowed."""
     bound = highest_score(float(mined.positive_scores[row]), config)
-    taken, looked_at, passed, seen = 0, 0, 0, set(right)
+    taken = looked_at = passed = 0
     for score, place in zip(scores.tolist(), places.tolist(), strict=True):
-        content = int(contents[place])
-        if content in seen:
-            mined.equal[row] += 1
-            continue
         if looked_at == config.top_k or taken == config.num_negatives:
             break
-        seen.add(content)
+        if place in right:
+            mined.right[row] += 1
+            continue
         looked_at += 1
         if score > bound:
             mined.near[row] += 1

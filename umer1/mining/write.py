@@ -69,7 +69,7 @@ def _account(config: MineConfig, dataset: PairDataset, corpus: Corpus, mined: Mi
             "pairs_with_some": int(((found[rows] > 0) & (found[rows] < config.num_negatives)).sum()),
             "pairs_with_none": int((embedded[rows] & (found[rows] == 0)).sum()),
             "pairs_without_embedding": int((~embedded[rows]).sum()),
-            "passed_over_as_equal": int(mined.equal[rows].sum()),
+            "passed_over_as_positives": int(mined.right[rows].sum()),
             "passed_over_by_margin": int(mined.near[rows].sum()),
             "mean_positive_score": _mean(mined.positive_scores[rows]),
             "mean_negative_score": _mean(mined.scores[rows]),
@@ -97,8 +97,8 @@ def _report(config: MineConfig, account: dict[str, Any], where: Path) -> str:
             f"  mean score of the positives {total['mean_positive_score']:.3f}, of the negatives "
             f"{total['mean_negative_score']:.3f}"
         )
-    equal, near = total["passed_over_as_equal"], total["passed_over_by_margin"]
-    lines.append(f"  passed over: {equal} equal to a positive or a negative already taken, {near} over the margin")
+    right, near = total["passed_over_as_positives"], total["passed_over_by_margin"]
+    lines.append(f"  passed over: {right} positives of the same query, {near} over the margin")
     if missing := total["pairs_without_embedding"] + total["not_pairs"]:
         lines.append(f"  {missing} records stay as they are: they could not be embedded")
     root = config.data_root or Path(config.input).parent
