@@ -16,6 +16,7 @@ from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import load_hf, save_hf, stored_dtype
 from umer1.sharing.card import Subject
 from umer1.sharing.documents import export_documents
+from umer1.sharing.training_run import run_of
 from umer1.training.checkpoint import save_checkpoint
 
 _EPILOG = """\
@@ -123,7 +124,7 @@ def _export(source: HFDirectory, options: argparse.Namespace, parallel: Parallel
     dtype = getattr(torch, options.dtype or stored_model_dtype(source.path.parent, source))
     models = build_model(source.config, parallel, state, params_dtype=dtype)
     read = load_model_weights(models, options.from_checkpoint, source, state)
-    subject = Subject(name=Path(options.to_hf).absolute().name, config=source.config, dtype=_name(dtype))
+    subject = Subject(Path(options.to_hf).absolute().name, source.config, _name(dtype), run=run_of(read))
     save_hf(models, source, options.to_hf, state, documents=export_documents(subject, source))
     _report(f"{read} -> {options.to_hf} ({_name(dtype)})", source, state)
 

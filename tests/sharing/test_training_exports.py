@@ -9,6 +9,7 @@ from grpo_world import Setting
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
+from umer1 import conversion
 from umer1.distributed.parallel import init_distributed
 from umer1.sharing.share import main as share
 from umer1.training.config import SFTConfig
@@ -65,6 +66,8 @@ def test_sft_exports_a_card_and_share_tells_the_same_of_its_checkpoints(sft, tmp
     share(["--model", str(save), "--output", str(tmp_path / "again"), "--name", "my-model"])
     assert (tmp_path / "again" / "README.md").read_text() == card
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    conversion.main(["--from-checkpoint", str(save), "--to-hf", str(tmp_path / "converted" / "my-model")])
+    assert (tmp_path / "converted" / "my-model" / "README.md").read_text() == card
     share(["--model", str(save / "iter_0000001"), "--output", str(tmp_path / "early")])
     assert "SFT, 1 step (8 pairs)" in (tmp_path / "early" / "README.md").read_text()
 

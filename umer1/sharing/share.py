@@ -16,9 +16,7 @@ from typing import Literal
 
 import torch
 
-from umer1.checkpoints import layout
 from umer1.checkpoints.fingerprint import model_fingerprint, newest_model
-from umer1.checkpoints.search import is_checkpoint_place
 from umer1.checkpoints.source import load_model_weights, open_model, stored_model_dtype
 from umer1.configuration import help_text, load_config
 from umer1.distributed.parallel import ParallelConfig, init_distributed, launched_world_size
@@ -31,7 +29,7 @@ from umer1.models.qwen2_vl.weights import save_hf
 from umer1.sharing.card import Subject
 from umer1.sharing.documents import export_documents
 from umer1.sharing.scores import read_results
-from umer1.sharing.training_run import read_run
+from umer1.sharing.training_run import checkpoint_step, read_run, run_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -114,15 +112,12 @@ def _subject(config: ShareConfig, model: Path, model_config: Qwen2VLConfig, dtyp
             f"--results are of files with the SHA-256 {', '.join(sorted(scored))}, and {model} has {sha256}: share the "
             "very directory or checkpoint that was evaluated"
         )
-    checkpoint = is_checkpoint_place(model)
-    run = config.run or (str(model.parent) if checkpoint and (model.parent / "config.yaml").is_file() else None)
-    step = layout.read_manifest(model)["iteration"] if checkpoint else None
     return Subject(
         name=config.name or Path(config.output).absolute().name,
         config=model_config,
         dtype=dtype,
         base_model=config.base_model,
         license=config.license,
-        run=None if run is None else read_run(run, step),
+        run=read_run(config.run, checkpoint_step(model)) if config.run else run_of(model),
         results=results,
     )

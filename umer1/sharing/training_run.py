@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from umer1.checkpoints import layout
+from umer1.checkpoints.search import is_checkpoint_place
 from umer1.errors import UserError
 from umer1.files import write_json
 from umer1.sharing.versions import versions
@@ -63,6 +65,18 @@ def read_run(save: str | Path, step: int | None = None) -> TrainingRun:
     if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("data", "optimizer")):
         raise UserError(f"--run {save}: {path} is no configuration of a training run")
     return describe_run(config, save, step)
+
+
+def run_of(checkpoint: Path) -> TrainingRun | None:
+    """The run that one checkpoint is of, up to its step; None for what is no checkpoint, or does not lie in its run."""
+    if not is_checkpoint_place(checkpoint) or not (checkpoint.parent / "config.yaml").is_file():
+        return None
+    return read_run(checkpoint.parent, checkpoint_step(checkpoint))
+
+
+def checkpoint_step(model: Path) -> int | None:
+    """Steps done at one checkpoint; None for a Hugging Face directory."""
+    return layout.read_manifest(model)["iteration"] if is_checkpoint_place(model) else None
 
 
 def describe_run(config: dict[str, dict[str, Any]], save: str | Path | None, step: int | None = None) -> TrainingRun:
