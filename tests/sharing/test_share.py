@@ -98,6 +98,10 @@ def test_a_run_keeps_the_versions_of_every_step(tmp_path, run, monkeypatch):
     assert len(early.versions) == 1 and early.last["iteration"] == 6 and early.step == 6
     note_start(run, 0, {"a": 1})
     assert read_run(run).versions == [(0, {"umer1": "next"})]
+    for damaged in ("[]", '{"pairs": {}}', '{"pairs"'):
+        (run / "run.json").write_text(damaged)
+        with pytest.raises(UserError, match="run.json is damaged"):
+            read_run(run)
 
 
 def test_results_of_the_generated_benchmark(tmp_path):

@@ -99,9 +99,14 @@ def _noted(save: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); remove it to go on without it") from None
-    return found
+        return {
+            "pairs": {name: int(count) for name, count in found["pairs"].items()},
+            "versions": [
+                {"step": int(entry["step"]), "packages": dict(entry["packages"])} for entry in found["versions"]
+            ],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); remove it to go on without it") from None
 
 
 def _last_record(save: Path, step: int | None) -> dict[str, Any]:
