@@ -5,13 +5,14 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"errors", "files", "atomic_directory", "configuration", "device", "__version__"}
+BASE = {"errors", "files", "atomic_directory", "configuration", "device", "progress", "__version__"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "atomic_directory": {"files", "errors"},
     "configuration": {"errors"},
     "device": set(),
+    "progress": set(),
     "testing": set(),
     "distributed": BASE,
     "ops": {"errors", "device"},

@@ -58,6 +58,8 @@ def field_types(config_class: type) -> dict[str, tuple[str, Any]]:
 
 def convert(name: str, value: Any, wanted: Any) -> Any:
     """`value` (a YAML value or a flag's text) as `wanted`; ValueError, an argument for each fault, if it is not."""
+    if _is_words(wanted):
+        return _convert_words(name, value)
     if typing.get_origin(wanted) is list:
         return _convert_list(name, value, typing.get_args(wanted)[0])
     options = [wanted]
@@ -102,6 +104,21 @@ def convert(name: str, value: Any, wanted: Any) -> Any:
             raise ValueError(f"{name} must not be empty")
         return str(value)
     raise AssertionError(f"{name}: no rule for {wanted}")
+
+
+def _is_words(wanted: Any) -> bool:
+    """Whether a field takes several words: `list[str]`, or None."""
+    return list[str] in (wanted, *typing.get_args(wanted))
+
+
+def _convert_words(name: str, value: Any) -> list[str] | None:
+    """A YAML list or one value, or the words that follow a flag."""
+    if value is None or value in ("none", "null"):
+        return None
+    words = value if isinstance(value, list) else [value]
+    if not words or any(isinstance(word, (dict, list, type(None))) or not str(word).strip() for word in words):
+        raise ValueError(f"{name}={value!r} must be a word or a list of words, none of them empty")
+    return [str(word) for word in words]
 
 
 def _convert_list(name: str, value: Any, item: type) -> list:
@@ -226,6 +243,11 @@ def read_flags(argv: list[str], config_class: type, problems: list[str]) -> tupl
         elif position < len(argv) and not argv[position].startswith("--"):
             value = argv[position]
             position += 1
+            if name in known and _is_words(known[name][1]):
+                value = [value]
+                while position < len(argv) and not argv[position].startswith("--"):
+                    value.append(argv[position])
+                    position += 1
         else:
             problems.append(f"--{flag} needs a value")
             continue
@@ -277,8 +299,8 @@ def to_yaml(config: Any) -> str:
 
 def _shown(value: Any) -> str:
     """A default as one would type it."""
-    if not isinstance(value, list):
-        return str(value)
+    if not isinstance(value, list) or not all(map(dataclasses.is_dataclass, value)):
+        return " ".join(value) if isinstance(value, list) else str(value)
     return yaml.safe_dump(
         list(map(dataclasses.asdict, value)), default_flow_style=True, sort_keys=False, width=10**6
     ).strip()

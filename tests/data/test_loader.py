@@ -171,7 +171,7 @@ def test_budgets_reach_the_plan(data):
 def test_violations_come_all_at_once(tmp_path):
     assert DataConfig().violations() == [] and DataConfig(global_batch_size=12).violations(4) == []
     config = DataConfig(
-        data_path=str(tmp_path / "none.json"),
+        data_path=[str(tmp_path / "none.json")],
         data_root=str(tmp_path / "none"),
         global_batch_size=10,
         micro_batch_size=0,

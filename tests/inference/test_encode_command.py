@@ -11,7 +11,7 @@ from tiny_qwen2_vl import make_tiny_directory
 from umer1.conversion import main as convert
 from umer1.errors import ConfigError, UserError
 from umer1.inference.encode import main
-from umer1.inference.progress import Progress
+from umer1.progress import Progress
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def _share(model, data, tensor_parallel: int, pipeline_parallel: int):
     sizes, send = [], prompt_source.send_to_peers
     prompt_source.send_to_peers = lambda value, state: (sizes.append(len(pickle.dumps(value))), send(value, state))[1]
     with init_distributed(parallel, seed=0) as state:
-        config.data.data_path = str(data)
+        config.data.data_path = [str(data)]
         config.data.seq_length, config.rollout.max_completion_length = 512, 16
         pairs = []
         if state.rank == 0:

@@ -14,7 +14,8 @@ import numpy as np
 
 from umer1.data.bad_samples import BadSample
 from umer1.data.fields import image_paths, kind_of, video_paths
-from umer1.data.indexing import MAX_RECORD_BYTES, NAME_KEYS, FileIndex, index_file
+from umer1.data.index_cache import content_digest, open_index
+from umer1.data.indexing import MAX_RECORD_BYTES, NAME_KEYS, FileIndex
 from umer1.data.media import MediaRoot
 from umer1.data.processor import Processor
 from umer1.data.schema import EncodedPair, Pair, Side
@@ -44,7 +45,7 @@ class RecordFile:
         self.processor = processor
         bounds = {} if max_source_pixels is None else {"max_source_pixels": max_source_pixels}
         self.media = MediaRoot(self.path.parent if data_root is None else data_root, **bounds)
-        self._index: FileIndex = index_file(self.path, self.name_keys)
+        self._index: FileIndex = open_index(self.path, self.name_keys)
         self._fd: tuple[int, int] | None = None  # (process, descriptor): workers open their own
 
     def __len__(self) -> int:
@@ -62,6 +63,11 @@ class RecordFile:
 
     def dataset_name(self, index: int) -> str:
         return self._index.names[self._index.name_ids[index]]
+
+    @property
+    def contents(self) -> list[tuple[str, str]]:
+        """The file and a digest of what it holds, for checkpoints to compare."""
+        return [(str(self.path), content_digest(self.path, self._index))]
 
     def read_record(self, index: int) -> Any:
         """The JSON value of a record; BadSample("bad_record") when it is none."""

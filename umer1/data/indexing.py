@@ -7,6 +7,7 @@ import codecs
 import json
 import re
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,11 +82,15 @@ class _Builder:
         return FileIndex(*arrays, names=tuple(self.names))
 
 
-def index_file(path: str | Path, name_keys: tuple[str, ...] = NAME_KEYS) -> FileIndex:
+def index_file(
+    path: str | Path, name_keys: tuple[str, ...] = NAME_KEYS, progress: Callable[[int], None] | None = None
+) -> FileIndex:
     """Index a JSON list or a JSONL file; UserError with the line and byte when it is neither.
 
-    name_keys: where a record says its data set, the first that does.
+    name_keys: where a record says its data set, the first that does.  progress: called with the bytes read since the
+    last call.
     """
+    progress = progress or (lambda count: None)
     path, names = Path(path), _Names(name_keys)
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
@@ -99,9 +104,9 @@ def index_file(path: str | Path, name_keys: tuple[str, ...] = NAME_KEYS) -> File
             if first == b"":
                 raise UserError(f"the data file {path} is empty; {_EXPECTED}")
             if first == b"[":
-                return _index_list(path, file, start, names)
+                return _index_list(path, file, start, names, progress)
             if first == b"{":
-                return _index_lines(path, file, start, names)
+                return _index_lines(path, file, start, names, progress)
     except OSError as error:
         raise UserError(f"the data file {path} cannot be read: {error.strerror}") from None
     raise UserError(f"the data file {path} starts with {first!r}, not with '[' or '{{'; {_EXPECTED}")
@@ -117,7 +122,9 @@ def _first_byte(file: BinaryIO) -> bytes:
 # -- JSONL -----------------------------------------------------------------------------------------------------------
 
 
-def _index_lines(path: Path, file: BinaryIO, position: int, names: _Names) -> FileIndex:
+def _index_lines(
+    path: Path, file: BinaryIO, position: int, names: _Names, progress: Callable[[int], None]
+) -> FileIndex:
     builder = _Builder()
     probe = _Probe()
     for raw in iter(lambda: file.readline(MAX_RECORD_BYTES + 1), b""):
@@ -129,6 +136,7 @@ def _index_lines(path: Path, file: BinaryIO, position: int, names: _Names) -> Fi
             builder.add(position, length, names.of_line(raw))
             probe.look(raw, len(builder.starts))
         position += length
+        progress(length)
     probe.judge(path)
     return builder.build(path)
 
@@ -161,8 +169,8 @@ class _Probe:
 class _Window:
     """A text file seen through a window: `text[at:]` is ahead, `byte` and `line` are those of character `at`."""
 
-    def __init__(self, path: Path, file: BinaryIO, start: int):
-        self.path, self.file = path, file
+    def __init__(self, path: Path, file: BinaryIO, start: int, progress: Callable[[int], None]):
+        self.path, self.file, self.progress = path, file, progress
         self.byte, self.line = start, 1
         self.text, self.at, self.ended = "", 0, False
         self.decoder = codecs.getincrementaldecoder("utf-8")()
@@ -176,6 +184,7 @@ class _Window:
         if self.ended:
             return False
         chunk = self.file.read(_CHUNK)
+        self.progress(len(chunk))
         self.ended = not chunk
         try:
             more = self.decoder.decode(chunk, final=self.ended)
@@ -199,9 +208,9 @@ class _Window:
         return UserError(f"the data file {self.path} {what} (line {line}, byte {byte}); {_EXPECTED}")
 
 
-def _index_list(path: Path, file: BinaryIO, start: int, names: _Names) -> FileIndex:
+def _index_list(path: Path, file: BinaryIO, start: int, names: _Names, progress: Callable[[int], None]) -> FileIndex:
     builder = _Builder()
-    window = _Window(path, file, start)
+    window = _Window(path, file, start, progress)
     decode = json.JSONDecoder().raw_decode
     assert _next(window) == "["
     window.advance(window.at + 1)

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from umer1.data import shipping
 from umer1.data.bad_samples import BadRecord, BadSample, BadSampleCounts, BadSampleLog
+from umer1.data.blend import Blend
+from umer1.data.data_path import data_files
 from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.media import MAX_SOURCE_PIXELS
 from umer1.data.packing import cut_after_disc, pack, pair_cost, plan_micro_batches
@@ -31,10 +33,11 @@ _ATTEMPTS = 32  # replacements tried for one slot before the data set is given u
 class DataConfig:
     """What is trained on, and how it is cut into batches"""
 
-    data_path: str | None = None
-    """Training pairs, a JSON list or JSONL file (docs/data.md); default: the generated mini-MMEB."""
+    data_path: list[str] | None = None
+    """Training pairs (docs/data.md): PATH of a JSON list or JSONL file, PATH PATH ..., or WEIGHT PATH WEIGHT PATH ...
+    for shares of every step; default: the generated mini-MMEB."""
     data_root: str | None = None
-    """Folder that media paths start at and cannot leave; default: the data file's folder."""
+    """Folder that media paths start at and cannot leave; default: each data file's own folder."""
     seq_length: int = 12288
     """Most tokens of one side; longer reasoning is shortened, and what still does not fit is a bad sample."""
     global_batch_size: int = 32
@@ -86,8 +89,11 @@ class DataConfig:
             lower, upper = getattr(self, low), getattr(self, high)
             if lower is not None and upper is not None and lower > upper:
                 found.append(f"{low}={lower} is above {high}={upper}")
-        if self.data_path is not None and not Path(self.data_path).exists():
-            found.append(f"data_path={self.data_path} does not exist; give a JSON list or JSONL file of pairs")
+        if self.data_path is not None:
+            try:
+                data_files(self.data_path)
+            except ValueError as error:
+                found += error.args
         if self.data_root is not None and not Path(self.data_root).is_dir():
             found.append(f"data_root={self.data_root} is not a directory; give the folder that media paths start at")
         if self.data_root is not None and self.data_path is None:
@@ -123,7 +129,13 @@ class SlotFiller(ABC):
     """
 
     def __init__(
-        self, dataset: RecordFile, sampler: BlockSampler, config: DataConfig, *, dp_rank: int = 0, dp_size: int = 1
+        self,
+        dataset: RecordFile | Blend,
+        sampler: BlockSampler,
+        config: DataConfig,
+        *,
+        dp_rank: int = 0,
+        dp_size: int = 1,
     ):
         self.dataset, self.sampler, self.config = dataset, sampler, config
         self.dp_rank, self.dp_size = dp_rank, dp_size
@@ -173,7 +185,7 @@ class StepMaker(SlotFiller):
 
     def __init__(
         self,
-        dataset: PairDataset,
+        dataset: PairDataset | Blend,
         sampler: BlockSampler,
         config: DataConfig,
         *,

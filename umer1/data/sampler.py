@@ -34,7 +34,8 @@ def shuffled(count: int, *words: Any) -> np.ndarray:
 class BlockSampler:
     """Global batches of pair indices.
 
-    name_ids: int [N], the data set of each pair; names: what they are called.
+    name_ids: int [N], the data set of each pair; names: what they are called.  `contents` may name the data files with
+    digests of what they hold, for checkpoints to compare.
     `batch(step)` needs no state; `step` is the next step to be drawn, kept for checkpoints.
     Raises UserError when there are fewer pairs than one global batch takes.
     """
@@ -47,6 +48,7 @@ class BlockSampler:
         self.block_size = min(block_size, global_batch_size)
         self.seed = seed
         self.step = 0
+        self.contents: list[tuple[str, str]] = []
         if len(self.name_ids) < global_batch_size:
             raise UserError(
                 f"the data file has {len(self.name_ids)} pairs, fewer than --global-batch-size {global_batch_size}: "
@@ -118,7 +120,7 @@ class BlockSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON: where the order stands and what it was made of."""
-        return {"step": self.step, **self._identity()}
+        return {"step": self.step, **self._identity(), "contents": [digest for _, digest in self.contents]}
 
     def _identity(self) -> dict[str, Any]:
         # Which data set each pair is of decides the order as much as their number does.
@@ -137,6 +139,11 @@ class BlockSampler:
             f"{key} was {state.get(key)} and is now {value}"
             for key, value in self._identity().items()
             if state.get(key, value) != value  # an older checkpoint may lack a key
+        ]
+        changed += [
+            f"{name} does not hold what it held"
+            for (name, digest), before in zip(self.contents, state.get("contents", []), strict=False)
+            if digest != before
         ]
         if changed:
             raise UserError(

@@ -37,8 +37,8 @@ from umer1.evaluation.tasks import Benchmark, read_benchmark
 from umer1.files import make_folder
 from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
-from umer1.inference.progress import Progress
 from umer1.inference.replicas import on_first
+from umer1.progress import Progress
 
 DEFAULT_ROOT = Path("runs/mini-mmeb")  # where training draws it, too
 

@@ -21,8 +21,8 @@ from umer1.inference.engine import Engine
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import BadInput, Input
 from umer1.inference.planning import Cost, inspect
-from umer1.inference.progress import Progress
 from umer1.inference.replicas import any_rank, gather_to_first, share_in_replica, share_with_all
+from umer1.progress import Progress
 
 # Batches between two looks at how the other data-parallel ranks are; also bounds how far ranks drift.
 _SYNC_EVERY = 8

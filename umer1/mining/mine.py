@@ -33,12 +33,12 @@ from umer1.inference.embedders import Embedded
 from umer1.inference.engine import Engine, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import Input
-from umer1.inference.progress import Progress
 from umer1.inference.replicas import on_first
 from umer1.mining.config import MineCommand, MineConfig
 from umer1.mining.corpus import Corpus, Sides, read_corpus
 from umer1.mining.select import select
 from umer1.mining.write import write_mined
+from umer1.progress import Progress
 
 _SHOWN = 20  # records that one message lists
 

@@ -31,8 +31,8 @@ from umer1.inference.engine import EngineConfig, load_engine, make_processor, op
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import BadInput, Input
 from umer1.inference.planning import plan_batches
-from umer1.inference.progress import Progress
 from umer1.inference.runner import Runner, inspect_together
+from umer1.progress import Progress
 
 _AT_ONCE = 1024  # inputs, with their pictures, that are held and cut into batches of like length
 _SHOWN = 5  # inputs that one message lists

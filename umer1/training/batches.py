@@ -5,22 +5,27 @@ disagree about a bad sample.  Everything that can be wrong with the data raises 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from umer1.data.bad_samples import BadSampleCounts
-from umer1.data.dataset import PairDataset
+from umer1.data.blend import Blend
+from umer1.data.data_path import data_files
+from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.images import ImageConfig
 from umer1.data.loader import DataConfig, Loader, StepMaker
 from umer1.data.processor import Processor
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import PackedBatch
+from umer1.data.weighted_sampler import WeightedBlockSampler
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.training.config import SFTConfig
+
+R = TypeVar("R", bound=RecordFile)
 
 
 def image_config(data: DataConfig, directory: HFDirectory) -> ImageConfig:
@@ -49,19 +54,34 @@ def make_processor(data: DataConfig, directory: HFDirectory, max_length: int | N
     )
 
 
-def make_sampler(data: DataConfig, dataset: PairDataset, seed: int) -> BlockSampler:
+def open_data(kind: type[R], data: DataConfig, processor: Processor) -> R | Blend:
+    """The files of --data-path as one data set; UserError when one of them is none."""
+    bounds = {"max_source_pixels": data.max_source_pixels}
+    files = [kind(file.path, data.data_root, processor, **bounds) for file in data_files(data.data_path)]
+    return files[0] if len(files) == 1 else Blend(files)
+
+
+def make_sampler(data: DataConfig, dataset: RecordFile | Blend, seed: int) -> BlockSampler:
     """The order of `dataset`."""
+    files = data_files(data.data_path)
+    sizes = data.global_batch_size, data.data_block_size, seed
     try:
-        return BlockSampler(dataset.name_ids, dataset.names, data.global_batch_size, data.data_block_size, seed)
+        if isinstance(dataset, Blend) and files[0].weight is not None:
+            paths, weights = [str(file.path) for file in files], [file.weight for file in files]
+            sampler = WeightedBlockSampler(dataset.name_ids, dataset.names, dataset.file_ids, paths, weights, *sizes)
+        else:
+            sampler = BlockSampler(dataset.name_ids, dataset.names, *sizes)
     except UserError as error:
-        raise UserError(f"{data.data_path}: {error}") from None
+        raise UserError(f"{' '.join(data.data_path)}: {error}") from None
+    sampler.contents = dataset.contents
+    return sampler
 
 
 def make_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState) -> Loader:
     """The loader of a data-parallel rank's source."""
     data = config.data
     processor = make_processor(data, directory, data.seq_length)
-    dataset = PairDataset(data.data_path, data.data_root, processor, max_source_pixels=data.max_source_pixels)
+    dataset = open_data(PairDataset, data, processor)
     interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
     maker = StepMaker(
         dataset,

@@ -91,7 +91,7 @@ def prepare_default_data(config: SFTConfig, state: ParallelState) -> None:
     """SFT without --data-path: train on mini-MMEB."""
     if config.data.data_path is None:
         draw_mini_mmeb(state)
-        config.data.data_path, config.data.data_root = str(MINI_DATA / "train.json"), str(MINI_DATA)
+        config.data.data_path, config.data.data_root = [str(MINI_DATA / "train.json")], str(MINI_DATA)
 
 
 def prepare_default_prompts(config: GRPOConfig, state: ParallelState) -> None:
@@ -99,7 +99,7 @@ def prepare_default_prompts(config: GRPOConfig, state: ParallelState) -> None:
     if config.data.data_path is not None:
         return
     draw_mini_mmeb(state)
-    config.data.data_path, config.data.data_root = str(MINI_DATA / "rl.json"), str(MINI_DATA)
+    config.data.data_path, config.data.data_root = [str(MINI_DATA / "rl.json")], str(MINI_DATA)
     if config.heldout.eval_data_path is None:
         config.heldout.eval_data_path, config.heldout.eval_data_root = str(MINI_DATA / "rl_eval.json"), str(MINI_DATA)
 

@@ -12,6 +12,7 @@ from umer1.training.batches import (
     emptied,
     make_processor,
     make_sampler,
+    open_data,
     send_pixels,
     send_to_peers,
 )
@@ -21,7 +22,7 @@ from umer1.training.policy_config import GRPOConfig
 def make_prompt_loader(config: GRPOConfig, directory: HFDirectory, state: ParallelState) -> Loader:
     """The loader of a data-parallel rank's source."""
     data = config.data
-    dataset = open_prompts(config, directory, data.data_path, data.data_root)
+    dataset = open_data(PromptDataset, data, make_processor(data, directory, config.prompt_length))
     sampler = make_sampler(data, dataset, config.run.seed)
     maker = PromptStepMaker(dataset, sampler, data, dp_rank=state.dp_rank, dp_size=state.dp_size)
     return Loader(maker, bad_samples_path(config.checkpoint.save))

@@ -9,8 +9,8 @@ from umer1.evaluation.mmeb_v2.media_tree import MediaTree
 from umer1.evaluation.mmeb_v2.readers import READERS
 from umer1.evaluation.mmeb_v2.types import Query, TaskData, TaskSpec
 from umer1.evaluation.report import table
-from umer1.inference.progress import Progress
 from umer1.inference.replicas import share_with_all
+from umer1.progress import Progress
 
 _EXAMPLES = 3  # paths that a message names of each task
 MISSING_MEDIA = "missing_media"

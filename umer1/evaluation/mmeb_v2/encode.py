@@ -20,9 +20,9 @@ from umer1.inference.engine import Engine
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import BadInput, Input
 from umer1.inference.planning import Cost, plan_batches
-from umer1.inference.progress import Progress
 from umer1.inference.replicas import on_first
 from umer1.inference.runner import Runner, inspect_together
+from umer1.progress import Progress
 
 _SHOWN = 20  # inputs that one message lists
 # vLLM takes new sequences while others go on: a batch of several times its slots keeps them filled.

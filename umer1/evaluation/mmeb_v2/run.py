@@ -17,9 +17,9 @@ from umer1.evaluation.mmeb_v2.store import Store
 from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
 from umer1.evaluation.mmeb_v2.vllm_embedder import VLLMEmbedder
 from umer1.inference.engine import load_engine, make_processor, open_directory
-from umer1.inference.progress import Progress
 from umer1.inference.replicas import on_first
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.progress import Progress
 
 _BATCH_SECONDS = 3600.0  # a batch of vLLM that takes longer counts as lost
 _HASH_CACHE = "model.json"  # in the output folder: the weights' hash, as long as their files do not change
