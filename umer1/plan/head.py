@@ -42,18 +42,16 @@ def head_bytes(
         return min(columns, max(limit // max(bytes_of_column, 1), LEAST_COLUMNS))
 
     upcast = 4 if device == "cpu" and a < 4 else 0
-    logits = 4 * rows * width(4 * rows)
-    forward_copies = upcast * (rows + width(4 * rows)) * h
-    weight = columns * h * a
-    block = width(4 * max(rows, h))
-    hidden_gradient, scaled = 4 * rows * h, rows * h * (a if device == "cuda" else 4)
+    weight, row_bytes = columns * h * a, rows * h * a
+    forward_width, block = width(4 * rows), width(4 * max(rows, h))
+    forward = 4 * rows * forward_width + upcast * (rows + forward_width) * h
+    # Both gradients, the rows times their factors, and the two products one after the other.
+    products = max(upcast * block * h + 4 * rows * h, 4 * block * h)
     rounded = rows * block * a if a < 4 and device == "cuda" else 0
-    products = 4 * h * max(block, rows) + upcast * block * h
-    making = hidden_gradient + scaled + weight + rounded + products
-    row_bytes = rows * h * a
+    making = 4 * rows * h + rows * h * (a if device == "cuda" else 4) + weight + rounded
     if rows * columns * 4 <= limit and not logprobs:
         kept = weight + row_bytes
-        return HeadBytes(row_bytes, max(logits + forward_copies, logits + making), kept, kept, weight)
+        return HeadBytes(row_bytes, max(forward, 4 * rows * columns + making + products), kept, kept, weight)
     # The last block's logits are there until the next one's stand in their place.
-    values = 4 * rows * block * (2 if block < columns else 1)
-    return HeadBytes(row_bytes, logits + forward_copies, 0, making + values + forward_copies, weight)
+    values = 4 * rows * (block + min(block, columns - block))
+    return HeadBytes(row_bytes, forward, 0, making + values + max(products, upcast * (rows + block) * h), weight)

@@ -145,6 +145,11 @@ class StagePasses:
     def is_end(self, chunk: int) -> bool:
         return self.last and chunk == len(self.layers) - 1
 
+    def recomputes_last(self, chunk: int) -> bool:
+        """Whether recomputation is for a chunk's last layer too, where the peak is; by blocks it is for the first."""
+        parallel = self.setup.parallel
+        return parallel.recompute_method != "block" or (parallel.recompute_num_layers or 1) >= self.layers[chunk]
+
     def forward(self, batch: PackedBatch, chunk: int) -> None:
         """With graph."""
         if chunk == 0:
@@ -155,7 +160,8 @@ class StagePasses:
         for name, size in kept.items():
             self.line.hold(name, size, "forward")
         working = {"full": layer.forward, "selective": layer.attention_dropped + layer.input}
-        self.line.touch("forward", working=working.get(self.setup.parallel.recompute_granularity, layer.input))
+        granularity = self.setup.parallel.recompute_granularity if self.recomputes_last(chunk) else None
+        self.line.touch("forward", working=working.get(granularity, layer.input))
         if head:
             self.line.touch("cross-entropy, forward", head=self.head(batch).rows + self.head(batch).forward)
             self.line.drop("head, before")
@@ -178,7 +184,7 @@ class StagePasses:
         self.line.hold("head", weight, "backward")
         full = parallel.recompute_granularity == "full"
         again = 0
-        if full:
+        if full and self.recomputes_last(chunk):
             group = 1 if parallel.recompute_method == "block" else parallel.recompute_num_layers or 1
             again = min(group, count) * layer.saved - layer.input
         self.line.touch("backward", working=again + layer.backward, gradient=layer.input)
