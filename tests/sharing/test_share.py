@@ -51,7 +51,7 @@ def test_a_card_tells_run_and_scores(tmp_path, run):
         files.append(tmp_path / f"{way}.json")
         files[-1].write_text(json.dumps(scored | {"scoring": way, "tasks": {"CIRR": entry}, "columns": columns}))
     flags = ["--model", str(model), "--run", str(run), "--output", str(tmp_path / "out"), "--name", "me/model"]
-    results = ["--results", ",".join(map(str, files))]
+    results = ["--results", *map(str, files)]
     main([*flags, *results, "--base-model", "Qwen/Qwen2-VL-2B-Instruct", "--license", "apache-2.0"])
     text = (tmp_path / "out" / "README.md").read_text()
     for said in (

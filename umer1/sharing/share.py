@@ -42,8 +42,8 @@ class ShareConfig:
     """Directory to write."""
     run: str | None = None
     """The training run's --save directory: data, recipe and steps of the card; default: --model where it is one."""
-    results: str | None = None
-    """results.json of `umer1 eval` of this model; several with commas between them."""
+    results: list[str] | None = None
+    """results.json files of `umer1 eval` of this model: --results a/results.json b/results.json."""
     name: str | None = None
     """The model's name on the card, as users will load it; default: the output directory's."""
     base_model: str | None = None
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
 
 def _subject(config: ShareConfig, model: Path, model_config: Qwen2VLConfig, dtype: str) -> Subject:
     """What the card tells; UserError where the results are of other weights."""
-    results = [read_results(path) for path in (config.results or "").split(",") if path]
+    results = [read_results(path) for path in config.results or []]
     scored = {found.sha256 for found in results} - {None}
     if scored and scored != {sha256 := model_fingerprint(model)}:
         raise UserError(
