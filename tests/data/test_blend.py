@@ -81,8 +81,8 @@ def test_shares_and_passes_on_random_files():
         assert twins == 0, f"seed {seed}: a pair stands in a batch twice"
         size, block = sampler.global_batch_size, sampler.block_size
         share = np.bincount(file_of[batches.reshape(-1)], minlength=len(weights)) / batches.size
-        # the share is right to a block an epoch
-        np.testing.assert_allclose(share, weights, atol=block / (len(sampler) * size) + 1e-9, err_msg=f"seed {seed}")
+        # right to a block an epoch, and one file's last block may be cut off at the epoch's end
+        np.testing.assert_allclose(share, weights, atol=2 * block / (len(sampler) * size), err_msg=f"seed {seed}")
         for file in range(len(weights)):
             pairs = np.flatnonzero(file_of == file)
             for number in range(3):
