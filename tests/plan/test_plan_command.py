@@ -101,6 +101,27 @@ def test_places_are_megatrons():
     assert stage_layers(parallel, 28, 1) == [range(7, 14), range(21, 28)]
 
 
+@pytest.mark.parametrize(
+    ("stage", "flags"),
+    [
+        ("sft", ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "7"]),
+        ("grpo", ["--mini-batches", "3", "--comparison-pairs", "4"]),
+        ("sft", []),
+    ],
+)
+def test_legal_batches_are_the_multiples(stage, flags):
+    argv = ["--shape", "qwen2-vl-2b", "--world-size", "8", "--hardware", "cpu", "--hf-model", "x", *flags]
+    step = command.read_plan(stage, [*argv, "--global-batch-size", "96"]).batch_step
+    legal = []
+    for size in range(4, 49, 4):
+        try:
+            command.read_plan(stage, [*argv, "--global-batch-size", str(size)])
+            legal.append(size)
+        except ConfigError:
+            pass
+    assert legal == [size for size in range(4, 49, 4) if size % step == 0]
+
+
 def test_help_names_every_setting(capsys):
     command.main(["grpo", "--help"])
     text = capsys.readouterr().out

@@ -37,6 +37,9 @@ class Plan:
     train_seconds: float | None
     rollouts: Rollouts | None
     largest_micro_batch: int | None
+    """Pairs (GRPO: responses) of the assumed size; None: nothing limits them."""
+    batch_step: int
+    """Legal global batches are its multiples."""
 
     @property
     def seconds(self) -> float | None:
@@ -125,4 +128,5 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
         train_seconds=train_seconds(setup, work, settings.assumed_utilisation),
         rollouts=made,
         largest_micro_batch=steps.largest_micro_batch(),
+        batch_step=steps.batch_step,
     )

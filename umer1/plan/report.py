@@ -40,6 +40,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "seconds_per_step": {"training": plan.train_seconds, "all": plan.seconds},
         "rollouts": None if plan.rollouts is None else asdict(plan.rollouts),
         "largest_micro_batch": plan.largest_micro_batch,
+        "global_batch_multiple_of": plan.batch_step,
         "assumptions": asdict(plan.settings),
         "problems": plan.problems(),
     }
@@ -81,7 +82,8 @@ def _run(plan: Plan) -> str:
         + (", sequence-parallel" if parallel.sequence_parallel else ""),
         "precision": "bf16, fp32 main weights" if setup.itemsize == 2 else "fp32",
         "recomputation": recompute,
-        "global batch": f"{data.global_batch_size} pairs, {data.global_batch_size // layout.dp} a data-parallel rank",
+        "global batch": f"{data.global_batch_size} pairs, {data.global_batch_size // layout.dp} a data-parallel rank; "
+        f"legal are multiples of {plan.batch_step}",
         "micro-batches": f"{len(plan.expected_tokens)} a step and rank, up to {max(plan.expected_tokens):,} tokens as "
         f"assumed, {plan.fullest_tokens:,} at the fullest",
     }

@@ -1,5 +1,6 @@
 """Steps of a run as they are imagined: sides of the assumed size, cut into micro-batches by the run's settings."""
 
+import math
 from dataclasses import dataclass, replace
 
 from umer1.data.loader import DataConfig
@@ -45,6 +46,17 @@ class Steps:
     def side(self) -> Side:
         """A sequence as it is assumed."""
         return self.settings.side(response=self.response)
+
+    @property
+    def batch_step(self) -> int:
+        """Legal global batches are its multiples: ranks, interleaved schedule, GRPO's mini-batches and sets ask so."""
+        setup, config = self.setup, self.setup.config
+        layout = setup.layout
+        step = layout.dp * (layout.pp if layout.virtual > 1 and not self.policy else 1)
+        if self.policy:
+            compared = config.reward.pairs_compared(config.data.global_batch_size)
+            step = math.lcm(layout.dp * config.policy.mini_batches, compared)
+        return step
 
     def expected(self, data: DataConfig | None = None) -> list[PackedBatch] | list[PolicyWork]:
         """A step's micro-batches; data: other limits than the run's."""
