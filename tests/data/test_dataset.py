@@ -153,7 +153,7 @@ TURNS = record_side()["conversations"]
         broken(qry={**record_side(), "image": 3}),
         broken(qry={**record_side(), "image": {"path": "a"}}),
         broken(qry={**record_side(), "image": [None]}),
-        broken(qry={**record_side(), "video": "movie.mp4"}),
+        broken(qry={**record_side(), "video": "movie.txt"}),
         broken(qry={**record_side(), "video": [1, 2]}),
         broken(qry={**record_side(), "video": [["a.png"], "b.png"]}),
     ],

@@ -1,8 +1,9 @@
-"""Fields that records of SFT and RL files share: media paths, and the JSON words for what stands there instead."""
+"""Fields that records of SFT and RL files share: media paths, and JSON's words for what stands there instead."""
 
 from typing import Any
 
 from umer1.data.bad_samples import BadSample
+from umer1.data.video_files import is_video_file
 
 
 def image_paths(name: str, value: Any) -> tuple[str, ...]:
@@ -16,17 +17,29 @@ def image_paths(name: str, value: Any) -> tuple[str, ...]:
 
 
 def video_paths(name: str, value: Any) -> tuple[tuple[str, ...], ...]:
-    """A list of frame paths is one video, a list of such lists several; empty strings and lists are none."""
+    """Each video's paths: those of its frames, or the one of a video file (umer1.data.video_files).
+
+    A list of frame paths is one video, a list of such lists several.  The path of a video file, alone, in a list of
+    such paths or in a list of its own, is one video.  Empty strings and lists are none.
+    """
     if value is None or value == "":
         return ()
-    if not isinstance(value, list):
-        raise BadSample("bad_record", f"{name} must be a list of frame paths, not {kind_of(value)}")
-    several = [value] if all(isinstance(item, str) for item in value) else value
+    rule = f"{name} must be a video file, a list of frame paths or of video files, or a list of such lists"
+    if isinstance(value, str) and not is_video_file(value):
+        raise BadSample("bad_record", f"{rule}; {value!r} is no video file")
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list):
+        raise BadSample("bad_record", f"{rule}, not {kind_of(value)}")
+    if all(isinstance(item, str) for item in listed):
+        paths = [path for path in listed if path]
+        listed = [[path] for path in paths] if all(map(is_video_file, paths)) else [paths]
     videos = []
-    for frames in several:
-        if not isinstance(frames, list) or not all(isinstance(path, str) for path in frames):
-            raise BadSample("bad_record", f"{name} must be a list of frame paths, or a list of such lists")
-        kept = tuple(path for path in frames if path)
+    for paths in listed:
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise BadSample("bad_record", rule)
+        kept = tuple(path for path in paths if path)
+        if len(kept) > 1 and any(map(is_video_file, kept)):
+            raise BadSample("bad_record", f"{rule}; {list(kept)} mixes them in one video")
         if kept:
             videos.append(kept)
     return tuple(videos)

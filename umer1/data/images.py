@@ -35,6 +35,7 @@ class ImageConfig:
     video_min_pixels: int = 3_136
     video_max_pixels: int = 25_088
     max_video_tokens: int | None = None  # of one video; bounds the pixels of a frame of a long one
+    num_frames: int = 8  # taken from a video file, evenly spaced
 
     @property
     def factor(self) -> int:
@@ -54,6 +55,8 @@ class ImageConfig:
                 found.append(f"{low_name}={low} and {high_name}={high}: needs 1 <= {low_name} <= {high_name}")
             if high < self.factor**2:
                 found.append(f"{high_name}={high} is less than one vision token; use {self.factor**2} or more")
+        if self.num_frames < 1:
+            found.append(f"num_frames={self.num_frames} must be 1 or above")
         if any(value <= 0 for value in self.std):
             found.append(f"image_std={list(self.std)} must be positive")
         return found
@@ -68,6 +71,7 @@ class ImageConfig:
         max_pixels: int | None = None,
         video_min_pixels: int | None = None,
         video_max_pixels: int | None = None,
+        num_frames: int | None = None,
     ) -> "ImageConfig":
         """Explicit bounds win over the directory's preprocessor files, these over METHOD's recipe.
 
@@ -94,6 +98,7 @@ class ImageConfig:
                 if video_settings.get("cap_pixels_per_frame")
                 else None
             ),
+            num_frames=_first(num_frames, default.num_frames),
         )
         problems += config.violations()
         for name in ("image_mean", "image_std"):

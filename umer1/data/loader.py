@@ -6,6 +6,7 @@ bad pair's replacement depends on (seed, step, slot) alone.
 
 import itertools
 import signal
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from umer1.data.packing import cut_after_disc, pack, pair_cost, plan_micro_batch
 from umer1.data.processor import MAX_FRAMES
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import EncodedPair, PackedBatch, PromptPair
+from umer1.data.vision import DecodeWork
 
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
 
@@ -64,8 +66,10 @@ class DataConfig:
     """Fewest pixels of a video frame after resizing; default: the model directory's, else 3136."""
     video_max_pixels: int | None = None
     """Most pixels of a video frame after resizing; default: the model directory's, else 25088."""
+    num_frames: int = 8
+    """Frames that are taken from a video file, evenly spaced; lists of frames are taken as they are."""
     max_frames: int = MAX_FRAMES
-    """Most frames of one video; a longer one is a bad sample."""
+    """Most frames in a list of frames; a longer one is a bad sample."""
     max_source_pixels: int = MAX_SOURCE_PIXELS
     """Most pixels of an image file as it is stored, checked before it is decoded."""
     blank_image_for_text: bool = False
@@ -75,7 +79,7 @@ class DataConfig:
         """Every broken rule; with `dp_size` those of the layout too."""
         found = []
         at_least_one = ["seq_length", "global_batch_size", "micro_batch_size", "data_block_size", "prefetch_factor"]
-        at_least_one += ["max_tokens_per_micro_batch", "max_patches_per_micro_batch", "max_frames"]
+        at_least_one += ["max_tokens_per_micro_batch", "max_patches_per_micro_batch", "max_frames", "num_frames"]
         at_least_one += ["max_source_pixels", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"]
         for name in at_least_one:
             value = getattr(self, name)
@@ -118,6 +122,7 @@ class StepData:
     batches: list[PackedBatch] = field(default_factory=list)
     pairs: list[PromptPair] = field(default_factory=list)  # in the order of `slots`
     seen: int = 0  # samples tried
+    work: DecodeWork = field(default_factory=DecodeWork)  # decoding that the share took, bad samples included
     bad: list[BadRecord] = field(default_factory=list)
     failure: str | None = None  # why the share could not be filled; `batches` and `pairs` are then empty
 
@@ -143,6 +148,7 @@ class SlotFiller(ABC):
     def __getitem__(self, step: int) -> StepData:
         slots, indices = self.sampler.share(step, self.dp_rank, self.dp_size)
         data = StepData(step, slots, np.zeros(len(slots), dtype=np.int64))
+        self.dataset.processor.vision.work = data.work
         pairs = []
         for place, (slot, index) in enumerate(zip(slots.tolist(), indices.tolist(), strict=True)):
             pair = self._usable(data, slot, index)
@@ -236,12 +242,15 @@ class Loader:
         self.counts = BadSampleCounts(maker.dataset.names)
         self._log = None if bad_samples_path is None else BadSampleLog(bad_samples_path)
         self._steps = None
+        self.work, self.waited = DecodeWork(), 0.0  # of the last step: its decoding, and seconds of waiting for it
 
     def next(self) -> StepData:
         """This rank's share of the next step."""
         if self._steps is None:
             self._steps = self._start()
+        started = time.perf_counter()
         data = shipping.unpacked(next(self._steps))
+        self.work, self.waited = data.work, time.perf_counter() - started
         assert data.step == self.sampler.step
         self.sampler.step += 1
         self.counts.note(data.seen, data.bad, data.failure)

@@ -1,6 +1,7 @@
 """Media of one sequence, decoded one after the other under a bound on its length."""
 
 import itertools
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from umer1.data.bad_samples import BadSample
 from umer1.data.images import ImageConfig, Patches, Patchifier
 from umer1.data.media import MediaRoot
+from umer1.data.video_files import is_video_file, sample_frames, video_shape
 from umer1.errors import UserError
 
 _BLANK_SIZE = (28, 28)  # the white image that upstream adds to text-only inputs
@@ -31,20 +33,31 @@ class Vision:
         return self.patches.grid
 
 
+@dataclass(slots=True)
+class DecodeWork:
+    """Pictures and frames that were decoded, resized and cut, and the seconds of one process that it took."""
+
+    images: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+
+
 def too_long(length: int, limit: int) -> BadSample:
     return BadSample("over_length", f"{length} tokens, more than {limit}")
 
 
 class VisionLoader:
-    """Opens ("image", path), ("video", paths) and ("blank", None) parts.
+    """Opens ("image", path), ("video", paths) and ("blank", None) parts; a video's only path may be a video file's.
 
     special: the ids of the vision tokens.  max_length: most tokens of the sequence that they stand in, or None.
+    `work` counts what was decoded.
     """
 
     def __init__(self, special: Any, config: ImageConfig, max_length: int | None, max_frames: int):
         self.special, self.config = special, config
         self.max_length, self.max_frames = max_length, max_frames
         self.patchifier = Patchifier(config)
+        self.work = DecodeWork()
         self._pictures: dict[tuple, Patches] = {}
         self._kept_bytes = 0
 
@@ -77,17 +90,23 @@ class VisionLoader:
             raise BadSample("bad_record", "a video has no frames")
         if len(paths) > self.max_frames:
             raise BadSample("too_many_frames", f"a video has {len(paths)} frames, more than {self.max_frames}")
+        started = time.perf_counter()
         key = (kind, *map(media.signature, paths)) if len(paths) <= _KEPT_FRAMES else None
         kept = self._pictures.get(key)
         if kept is not None:
             return kept
-        first = media.open_image(paths[0])
         if kind == "image":
-            patches = self.patchifier.image(first)
+            patches = self.patchifier.image(media.open_image(paths[0]))
+            self.work.images += 1
+        elif len(paths) == 1 and is_video_file(paths[0]):
+            patches = self._file(paths[0], media, num_tokens)
         else:
-            self._check_video_fits(first, len(paths), num_tokens)
+            first = media.open_image(paths[0])
+            self._check_video_fits(first.size, len(paths), num_tokens)
             rest = (media.open_image(path) for path in paths[1:])
             patches = self.patchifier.video(itertools.chain([first], rest), len(paths))
+            self.work.frames += len(paths)
+        self.work.seconds += time.perf_counter() - started
         if key is not None and None not in key and patches.pixels.nbytes <= _KEPT_PICTURE_BYTES:
             self._kept_bytes += patches.pixels.nbytes
             if self._kept_bytes > _KEPT_BYTES:
@@ -96,9 +115,19 @@ class VisionLoader:
             self._pictures[key] = patches
         return patches
 
-    def _check_video_fits(self, first: Image.Image, num_frames: int, num_tokens: int) -> None:
-        """Refuse a video by its first frame, before the others are decoded."""
-        height, width = self.patchifier.frame_size(*first.size, num_frames)
+    def _file(self, path: str, media: MediaRoot, num_tokens: int) -> Patches:
+        """Evenly spaced frames of a video file."""
+        wanted = self.config.num_frames
+        if self.max_length is not None:
+            *size, count = video_shape(media, path, wanted)
+            self._check_video_fits(tuple(size), count, num_tokens)
+        frames = sample_frames(media, path, wanted)
+        self.work.frames += len(frames)
+        return self.patchifier.video(frames, len(frames))
+
+    def _check_video_fits(self, size: tuple[int, int], num_frames: int, num_tokens: int) -> None:
+        """Refuse a video by the width and height of its first frame, before the others are decoded."""
+        height, width = self.patchifier.frame_size(*size, num_frames)
         steps = -(-num_frames // self.config.temporal_patch_size)
         num_tokens += steps * height * width // self.config.factor**2 + 2
         if self.max_length is not None and num_tokens > self.max_length:

@@ -63,6 +63,9 @@ class EngineConfig:
     """Fewest pixels of a video frame after resizing."""
     video_max_pixels: int | None = None
     """Most pixels of a video frame after resizing."""
+    num_frames: int = 8
+    """Frames that are taken from a video, evenly spaced over a video file or, in MMEB-V2, over the saved frames; lists
+    of frames in an input are taken as they are."""
     blank_image_for_text: bool = False
     """Give every input without media a 28 x 28 white image, as upstream does (to reproduce its numbers)."""
 
@@ -70,7 +73,7 @@ class EngineConfig:
         found = [] if self.model else ["--model is required"]
         if self.fp32 and self.bf16:
             found.append("fp32 and bf16 are both set; choose one")
-        for name in ("max_input_tokens", "max_tokens_per_batch", "max_patches_per_batch"):
+        for name in ("max_input_tokens", "max_tokens_per_batch", "max_patches_per_batch", "num_frames"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be 1 or above")
         if not self.kv_cache_gib > 0:
@@ -113,6 +116,7 @@ def make_processor(config: EngineConfig, directory: HFDirectory) -> Processor:
         max_pixels=config.max_pixels,
         video_min_pixels=config.video_min_pixels,
         video_max_pixels=config.video_max_pixels,
+        num_frames=config.num_frames,
     )
     return Processor(
         directory.tokenizer,

@@ -1,4 +1,4 @@
-"""Reads the inputs of `umer1 encode`: JSONL of `{"id", "text", "image": path | [paths], "video": [paths]}`.
+"""Reads the inputs of `umer1 encode`: JSONL of `{"id", "text", "image": path | [paths], "video": path | [paths]}`.
 
 Every line is looked at before any work starts, so that a user mends a file once and not line by line.
 """
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umer1.data.video_files import is_video_file
 from umer1.errors import UserError
 
 _SHOWN = 20  # offending lines that one message lists
@@ -20,7 +21,7 @@ class Input:
     id: str
     text: str
     images: tuple[str, ...]  # paths relative to the data root
-    video: tuple[str, ...]  # frame paths, in order
+    video: tuple[str, ...]  # frame paths, in order, or one path of a video file
     line: int  # 1-based line of the file
 
 
@@ -101,7 +102,10 @@ def _paths(record: dict, key: str) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise ValueError(f'"{key}" must be a path or a list of paths, not {value!r}')
-    return tuple(item for item in items if item)
+    paths = tuple(item for item in items if item)
+    if key == "video" and len(paths) > 1 and any(map(is_video_file, paths)):
+        raise ValueError('"video" must be one video file or the frames of one video')
+    return paths
 
 
 def bad_inputs_message(path: str | Path, bad: list[BadInput], total: int) -> str:

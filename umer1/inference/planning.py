@@ -11,6 +11,7 @@ from umer1.data.bad_samples import BadSample
 from umer1.data.images import Patchifier
 from umer1.data.media import MediaRoot
 from umer1.data.prompts import ASSISTANT_OPENING, SUFFIX, USER_OPENING
+from umer1.data.video_files import is_video_file, video_shape
 from umer1.inference.inputs import BadInput, Input
 
 # Estimates only: batches are cut to the exact budgets once they are tokenised.
@@ -39,13 +40,19 @@ def input_cost(item: Input, mode: str, media: MediaRoot | None, patchifier: Patc
     for path in item.images:
         height, width = patchifier.image_size(*media.image_size(path))
         patches += (height // config.patch_size) * (width // config.patch_size)
-    if item.video:
-        sizes = [media.image_size(path) for path in item.video]
-        height, width = patchifier.frame_size(*sizes[0], len(sizes))
-        steps = -(-len(sizes) // config.temporal_patch_size)
+    for width, height, count in video_shapes(item.video, media, config.num_frames):
+        height, width = patchifier.frame_size(width, height, count)
+        steps = -(-count // config.temporal_patch_size)
         patches += steps * (height // config.patch_size) * (width // config.patch_size)
     text = len(item.text.encode("utf-8", "surrogatepass")) // _BYTES_PER_TOKEN
     return Cost(_FIXED_TOKENS[mode] + text + patches // config.merge_size**2, patches)
+
+
+def video_shapes(paths: tuple[str, ...], media: MediaRoot | None, num_frames: int) -> list[tuple[int, int, int]]:
+    """(width, height, frames) of each video file among the paths, and of the others, which are frames of one video."""
+    found = [video_shape(media, path, num_frames) for path in paths if is_video_file(path)]
+    sizes = [media.image_size(path) for path in paths if not is_video_file(path)]
+    return found + ([(*sizes[0], len(sizes))] if sizes else [])
 
 
 def inspect(

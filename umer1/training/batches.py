@@ -25,6 +25,7 @@ from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.training.config import SFTConfig
 
+_TICKS = 1_000_000  # of a second, in reductions of whole numbers
 R = TypeVar("R", bound=RecordFile)
 
 
@@ -38,6 +39,7 @@ def image_config(data: DataConfig, directory: HFDirectory) -> ImageConfig:
         max_pixels=data.max_pixels,
         video_min_pixels=data.video_min_pixels,
         video_max_pixels=data.video_max_pixels,
+        num_frames=data.num_frames,
     )
 
 
@@ -120,6 +122,7 @@ class DataSource:
         self.data, self.state, self.listed_in = data, state, bad_samples_path(save)
         self.is_source = state.tp_rank == 0 and state.pp_rank == 0
         self.loader: Loader | None = None
+        self.work = [0, 0, 0, 0]  # see _work
         failure = None
         if self.is_source:
             try:
@@ -136,9 +139,11 @@ class DataSource:
     def agree(self, flag: bool, own_failure: str | None) -> tuple[bool, str | None]:
         """Sum the counts over data-parallel sources; whether any has the flag, and why the run has to stop, if so."""
         group, device = self.state.groups.dp, self.state.device
-        delta = torch.cat([self.counts.take_delta(), torch.tensor([flag, own_failure is not None])]).to(device)
+        counted, work, flags = self.counts.take_delta(), self._work(), torch.tensor([flag, own_failure is not None])
+        delta = torch.cat([counted, work, flags]).to(device)
         dist.all_reduce(delta, group=group)
-        self.counts.add(delta[:-2])
+        self.counts.add(delta[: len(counted)])
+        self.work = [mine + new for mine, new in zip(self.work, delta[len(counted) : -2].tolist(), strict=True)]
         failure = None
         if delta[-1]:
             texts: list[str | None] = [None] * self.state.dp_size
@@ -152,6 +157,18 @@ class DataSource:
                 failure = str(error)
         return bool(delta[-2]), failure
 
+    def _work(self) -> torch.Tensor:
+        """int64 [4] of the loader's last step: images, frames, microseconds of decoding and of waiting for it."""
+        work, ticks = self.loader.work, _TICKS
+        return torch.tensor([work.images, work.frames, round(work.seconds * ticks), round(self.loader.waited * ticks)])
+
+    def take_work(self) -> dict[str, float]:
+        """On sources, since the last call: what all data-parallel ranks decoded, and their mean wait in seconds."""
+        images, frames, decoding, waiting = self.work
+        self.work = [0, 0, 0, 0]
+        seconds = {"seconds_decoding": decoding / _TICKS, "seconds_waiting": waiting / _TICKS / self.state.dp_size}
+        return {"images": images, "frames": frames, **seconds}
+
     def _listed(self) -> str:
         return f"They are listed in {self.listed_in}. " if self.listed_in else ""
 
@@ -159,7 +176,7 @@ class DataSource:
         """On sources: what is trained on."""
         dataset = self.loader.maker.dataset
         notes = "".join(f"; {note}" for note in self.loader.sampler.notes())
-        return f"{dataset.path}: {len(dataset)} pairs of {len(dataset.names)} data sets{notes}"
+        return f"{' '.join(self.data.data_path)}: {len(dataset)} pairs of {len(dataset.names)} data sets{notes}"
 
     def report(self) -> str:
         """On sources: one line about bad samples."""

@@ -134,7 +134,7 @@ class Trainer:
 
     def progress(self, seconds: float, steps: int) -> dict[str, Any]:
         """What every record says: where the run stands and how fast it is; `seconds` for the last `steps` steps."""
-        config = self.config
+        config, work = self.config, self.source.take_work()
         return {
             "iteration": self.iteration,
             "train_iters": config.optimizer.train_iters,
@@ -145,6 +145,10 @@ class Trainer:
             "nan_iterations": self.nan,
             "memory_mib": device.memory_gib() * 1024,
             "bad_samples": self.source.counts.bad,
+            "images_per_second": work["images"] / seconds,
+            "frames_per_second": work["frames"] / seconds,
+            "seconds_decoding": work["seconds_decoding"] / steps,
+            "waiting_share": work["seconds_waiting"] / seconds,
             "eta_seconds": (config.optimizer.train_iters - self.iteration) * seconds / steps,
         }
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         (score_stored if config.stored else score_references)(config, specs, lambda text: print(text, flush=True))
         return
     with init_distributed(command.engine.parallel()) as state:
-        covered = survey(specs, config.data_root, config.num_frames, config.max_queries, state)
+        covered = survey(specs, config.data_root, command.engine.num_frames, config.max_queries, state)
         if config.check and state.rank == 0:
             print(coverage_report(covered, specs), flush=True)
         check_coverage(covered, allow_missing=config.allow_missing)

@@ -34,8 +34,6 @@ class MMEBConfig:
     """What generates in gen mode.  vllm: one engine beside each process, states by one batched forward of umer1's."""
     vllm_memory: float = 0.5
     """Share of a GPU's memory that vLLM may take beside umer1's own copy of the model."""
-    num_frames: int = 8
-    """Frames of a video, evenly spaced over the saved ones; all where there are fewer."""
     allow_missing: bool = False
     """Leave out candidates and queries whose media are missing or unusable, and count them, in place of refusing."""
     check: bool = False
@@ -73,7 +71,7 @@ class MMEBConfig:
             found.append("--output is required")
         if not self.data_root and not self.from_reference:
             found.append("--data-root is required")
-        for name in ("num_frames", "save_every", "num_workers"):
+        for name in ("save_every", "num_workers"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be 1 or above")
         if self.max_queries is not None and self.max_queries < 1:
@@ -113,7 +111,8 @@ class MMEBCommand:
     def violations(self) -> list[str]:
         found = self.eval.violations()
         if not self.eval.needs_model:
-            return found
+            frames = self.engine.num_frames
+            return found + ([f"num_frames={frames} must be 1 or above"] if frames < 1 else [])
         return found + self.engine.violations() + self.generation.violations() + self._vllm_violations()
 
     def _vllm_violations(self) -> list[str]:

@@ -49,7 +49,9 @@ def encode_tasks(
     with closing(_Encoders(command, directory, processor, state, progress)) as encoders:
         for spec in specs:
             # read once and sent to the others: they must not see media that came in between
-            task = on_first(lambda spec=spec: read_task(spec, config.data_root, num_frames=config.num_frames), state)
+            task = on_first(
+                lambda spec=spec: read_task(spec, config.data_root, num_frames=command.engine.num_frames), state
+            )
             kept = without_missing(task, config.max_queries)
             for side, mode in (("qry", config.query_mode), ("tgt", config.target_mode)):
                 wanted = make_side(kept, side, mode, settings_hash(settings, mode))

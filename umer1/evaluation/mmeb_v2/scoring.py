@@ -115,7 +115,7 @@ def score_stored(config: MMEBConfig, specs: list[TaskSpec], say: Callable[[str],
         settings = json.loads((folder / FILE).read_text(encoding="utf-8"))
         shared, model = settings["all"], settings["model"]
         store = Store(folder, shared["model_sha256"])
-        max_queries, num_frames = shared["max_queries"], shared["num_frames"]
+        max_queries, num_frames = shared["max_queries"], shared["image.num_frames"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"stored={config.stored!r} is no output of an MMEB-V2 evaluation ({error!r})") from None
     entries: dict[str, dict[str, Any]] = {}

@@ -24,7 +24,6 @@ def settings_of(command: MMEBCommand, model_sha256: str, processor: Processor) -
     shared = {
         "model_sha256": model_sha256,
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "num_frames": config.num_frames,
         "max_queries": config.max_queries,
         "max_input_tokens": engine.max_input_tokens,
         "blank_image_for_text": engine.blank_image_for_text,
