@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from memory_meter import allocations
+from memory_meter import Peak, allocations
 from step_sft import FixedBatches
 from synthetic import directory_of, fill_randomly, random_pairs
 
@@ -17,6 +17,7 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
 from umer1.plan.hardware import HARDWARE
 from umer1.plan.setup import Setup
 from umer1.plan.sft_memory import sft_memory
+from umer1.plan.timeline import Timeline
 from umer1.training.batches import emptied
 from umer1.training.build import ModelConfig, build_training_model
 from umer1.training.config import SFTConfig
@@ -115,15 +116,20 @@ def compare(case: Case, make: Callable = CaseTrainer) -> dict[str, Any]:
             for _ in range(2):  # the first step makes the optimizer's states
                 trainer.train_step()
         predicted = sft_memory(case.setup(), state.pp_rank, trainer.source.batches, state.dp_rank)
-        batch = trainer.source.batches[0]
-        return {
-            "rank": state.rank,
-            "predicted_bytes": predicted.peak,
-            "measured_bytes": peak.bytes,
-            "moment": predicted.moment,
-            "parts": predicted.parts,
-            "tokens": len(batch.input_ids),
-            "patches": len(batch.pixel_values),
-            "supervised": len(batch.supervised_rows),
-            "micro_batches": len(trainer.source.batches),
-        }
+        return row(state, predicted, peak, trainer.source.batches)
+
+
+def row(state: ParallelState, predicted: Timeline, peak: Peak, batches: list[PackedBatch]) -> dict[str, Any]:
+    """A rank's line in the record; sizes are those of its first micro-batch."""
+    batch = batches[0]
+    return {
+        "rank": state.rank,
+        "predicted_bytes": predicted.peak,
+        "measured_bytes": peak.bytes,
+        "moment": predicted.moment,
+        "parts": predicted.parts,
+        "tokens": len(batch.input_ids),
+        "patches": len(batch.pixel_values),
+        "supervised": len(batch.supervised_rows),
+        "micro_batches": len(batches),
+    }

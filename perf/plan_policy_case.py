@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memory_meter import allocations
+from plan_cases import row
 from step_grpo import FixedPrompts, StepTrainer, random_responses
 from synthetic import directory_of, fill_randomly, random_prompts
 
@@ -87,15 +88,4 @@ def compare_policy(case: PolicyCase) -> dict[str, Any]:
         works = case.works(trainer.completions)
         setup = Setup(model=case.model, config=case.config(), world_size=case.world_size, hardware=HARDWARE["cpu"])
         predicted = grpo_memory(setup, state.pp_rank, works, state.dp_rank)
-        batch = works[0].batch
-        return {
-            "rank": state.rank,
-            "predicted_bytes": predicted.peak,
-            "measured_bytes": peak.bytes,
-            "moment": predicted.moment,
-            "parts": predicted.parts,
-            "tokens": len(batch.input_ids),
-            "patches": len(batch.pixel_values),
-            "supervised": len(batch.supervised_rows),
-            "micro_batches": len(works),
-        }
+        return row(state, predicted, peak, [work.batch for work in works])
