@@ -19,6 +19,9 @@ from umer1.data.loader import DataConfig
 from umer1.data.packing import pack
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState, init_distributed
+from umer1.plan.hardware import HARDWARE
+from umer1.plan.setup import Setup
+from umer1.plan.sft_memory import sft_memory
 from umer1.training.build import build_training_model
 from umer1.training.config import SFTConfig
 from umer1.training.optimizer import OptimizerConfig
@@ -75,6 +78,13 @@ def settings(model_name: str, fp32: bool) -> SFTConfig:
     )
 
 
+def planned_bytes(model_name: str, config: SFTConfig, batches: list[PackedBatch]) -> int:
+    """What `umer1 plan` says of the peak, to be held against `peak_bytes`; fp8's own copies are not in it."""
+    hardware = HARDWARE["h100" if device.has_cuda() else "cpu"]  # which GPU does not matter to what tensors take
+    setup = Setup(model=MODELS[model_name], config=config, world_size=1, hardware=hardware)
+    return sft_memory(setup, 0, batches).peak
+
+
 def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
     """A row of the record."""
     if precision == "fp8" and not device.has_te():
@@ -91,6 +101,7 @@ def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
             "flops": flops,
             "mfu": utilisation(flops, seconds),
             "peak_bytes": peak,
+            "planned_bytes": planned_bytes(model_name, config, trainer.source.batches),
             "loss": records[-1]["loss"],
             "skipped": trainer.skipped,
         }
