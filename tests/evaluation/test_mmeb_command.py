@@ -50,7 +50,7 @@ def files(folder):
     """Content of all files but those with seconds in them."""
     paths = (path for path in Path(folder).rglob("*") if path.is_file())
     named = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-    return {name: content for name, content in named.items() if not name.startswith(("sides/", "results."))}
+    return {name: content for name, content in named.items() if not name.startswith(("sides/", "results"))}
 
 
 def without_seconds(found):
@@ -60,13 +60,15 @@ def without_seconds(found):
 def test_all_ways_of_scoring_and_the_reference_files(data, tmp_path, capsys):
     """disc and gen run into one folder; its vectors give every pair of modes, its files the same scores again."""
     out = tmp_path / "out"
-    run(data, out)
+    run(data, out, tasks=TASKS[4:])
+    run(data, out, tasks=TASKS[:4])  # the folder's results are those of both runs
     disc = results(out)
     assert list(disc["tasks"]) == TASKS, SEED
     assert "difference" in capsys.readouterr().out
     assert disc["columns"]["All"] == {"score": None, "tasks": 7, "of": 78}
     run(data, out, *GEN)
     gen = results(out)
+    assert results(out, "results_disc-disc") == disc and results(out, "results_gen-gen") == gen
     main(
         ["--benchmark", "mmeb-v2", "--data-root", str(data), "--stored", str(out), "--output", str(tmp_path / "again")]
     )
@@ -112,6 +114,60 @@ def test_killed_and_started_again_gives_the_same_files(data, tmp_path):
     assert [name for name in whole if whole[name] != again[name]] == [], SEED
     with pytest.raises(UserError, match="max_new_tokens: 4 there, 5 now"):
         run(data, out, *flags, "--max-new-tokens", "5")
+
+
+def stop_midway(data, output, *flags):
+    """Like `run`, but the second rank fails at its third batch."""
+    import umer1.inference.embedders as embedders
+
+    made, embed = [], embedders.DiscEmbedder.embed
+
+    def failing(self, items, prompts):
+        made.append(items)
+        if os.environ["RANK"] == "1" and len(made) == 3:
+            raise FloatingPointError("a broken rank")
+        return embed(self, items, prompts)
+
+    embedders.DiscEmbedder.embed = failing
+    try:
+        run(data, output, *flags)
+    except UserError as error:
+        return str(error)
+    finally:
+        embedders.DiscEmbedder.embed = embed
+
+
+UNEVEN = "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
+
+
+@pytest.mark.parametrize("layout", ["", "--tensor-model-parallel-size 2", UNEVEN])
+def test_a_rank_that_fails_ends_all_and_another_layout_goes_on(data, tmp_path, layout):
+    run(data, tmp_path / "whole")
+    flags, out = ["--save-every", "2", "--max-sequences", "2"], tmp_path / "out"
+    messages = run_distributed(stop_midway, 2, data, out, *flags)
+    assert all("rank 1 of 2 failed: FloatingPointError: a broken rank" in message for message in messages), messages
+    assert not (out / "vectors" / "ViDoSeek-doc_tgt_disc.npz").exists()
+    run_distributed(run, 2 if layout else 1, data, out, *flags, *layout.split())
+    for path in sorted((tmp_path / "whole" / "vectors").iterdir()):
+        with np.load(path) as one, np.load(out / "vectors" / path.name) as two:
+            assert bytes(one["about"]) == bytes(two["about"]), (SEED, path.name)
+            np.testing.assert_allclose(two["embeddings"], one["embeddings"], atol=2e-6, err_msg=f"{SEED} {path.name}")
+    whole, again = results(tmp_path / "whole"), results(out)
+    for name in TASKS:
+        assert again["tasks"][name]["num_queries"] == whole["tasks"][name]["num_queries"], (SEED, name)
+
+
+def test_vllm_gives_what_torch_gives(data, tmp_path):
+    pytest.importorskip("vllm")
+    tasks, flags = ["VOC2007", "MSVD"], [*GEN, "--max-input-tokens", "1024"]
+    run(data, tmp_path / "torch", *flags, tasks=tasks)
+    run(data, tmp_path / "vllm", *flags, "--engine", "vllm", tasks=tasks)
+    for path in sorted((tmp_path / "torch" / "responses").iterdir()):
+        assert path.read_bytes() == (tmp_path / "vllm" / "responses" / path.name).read_bytes(), (SEED, path.name)
+    for path in sorted((tmp_path / "torch" / "vectors").iterdir()):
+        with np.load(path) as one, np.load(tmp_path / "vllm" / "vectors" / path.name) as two:
+            cosines = (one["embeddings"] * two["embeddings"]).sum(1)
+            assert cosines.min() >= 0.99999, (SEED, path.name)
 
 
 def test_missing_media_refuse_or_are_counted(tmp_path, capsys):

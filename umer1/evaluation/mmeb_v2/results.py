@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umer1.evaluation.mmeb_v2.published import COLUMNS, PER_TASK, PUBLISHED
-from umer1.evaluation.mmeb_v2.registry import GROUPS
+from umer1.evaluation.mmeb_v2.registry import GROUPS, TASKS
 from umer1.evaluation.mmeb_v2.score import TaskScore
 from umer1.evaluation.mmeb_v2.types import TaskSpec
 from umer1.evaluation.report import table
@@ -56,6 +56,7 @@ def make_results(entries: Mapping[str, Mapping[str, Any]], *, scoring: str, abou
     entries: task -> `task_entry`.  scoring: "gen-disc" (query mode, target mode), "oracle" or "adaptive".  about: what
     holds for all tasks, such as the model, its hash and notes on the data; kept as it stands.
     """
+    entries = {name: entries[name] for name in TASKS if name in entries}
     scores = {name: entry["score"] for name, entry in entries.items()}
     columns = column_means(scores)
     rows = _ORACLES if scoring == "oracle" else _MODELS

@@ -30,10 +30,16 @@ from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
 
 
 class Scorer:
-    """Scores each task of a run and writes its files; results.json holds the tasks that are done.  Rank 0 only."""
+    """Scores each task of a run and writes its files.  Rank 0 only.
+
+    results_QUERY-TARGET.json holds every task that was scored in the folder by this pair of modes and this model, by
+    this run and earlier ones; results.json is the same for the pair that was scored last.
+    """
 
     def __init__(self, command: MMEBCommand, device: torch.device):
-        self.command, self.device, self.entries = command, device, {}
+        self.command, self.device = command, device
+        self.scoring = f"{command.eval.query_mode}-{command.eval.target_mode}"
+        self.entries: dict[str, dict[str, Any]] | None = None
 
     def task_done(self, task: TaskData, store: Store) -> None:
         """Score a task whose two sides are in `store`."""
@@ -47,6 +53,8 @@ class Scorer:
         files = ReferenceNames(Path(config.output), name, config.query_mode, config.target_mode)
         vectors = (queries, names, targets) if config.reference_vectors else None
         write_reference_files(files, kept.task, score, vectors=vectors)
+        if self.entries is None:
+            self.entries = earlier_entries(config.output, f"results_{self.scoring}", store.model_sha256)
         self.entries[name] = task_entry(
             task.spec,
             score,
@@ -54,7 +62,12 @@ class Scorer:
             coverage=coverage_of(task, kept),
             seconds=sum(side.seconds for side in sides.values()),
         )
-        write_results(self._results(store.model_sha256), config.output)
+        self._write(store.model_sha256)
+
+    def _write(self, model_sha256: str) -> None:
+        found = self._results(model_sha256)
+        for stem in (f"results_{self.scoring}", "results"):
+            write_results(found, self.command.eval.output, stem)
 
     def _results(self, model_sha256: str) -> dict[str, Any]:
         config = self.command.eval
@@ -64,11 +77,24 @@ class Scorer:
             "model_sha256": model_sha256,
             "notes": _notes(config.max_queries, self.entries),
         }
-        return make_results(self.entries, scoring=f"{config.query_mode}-{config.target_mode}", about=about)
+        return make_results(self.entries, scoring=self.scoring, about=about)
 
     def report(self, model_sha256: str) -> str:
         """What people read when the run has ended."""
         return results_text(self._results(model_sha256))
+
+
+def earlier_entries(folder: str | Path, stem: str, model_sha256: str) -> dict[str, dict[str, Any]]:
+    """The tasks in `stem`.json, in the paper's order; none where it is not there or of other weights."""
+    path = Path(folder) / f"{stem}.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same, tasks = found["model_sha256"] == model_sha256, found["tasks"]
+        return {name: dict(entry) for name, entry in tasks.items() if name in TASKS} if same else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not the results of an evaluation ({error!r}); remove it") from None
 
 
 def left(task: TaskData, queries: list[Stored], targets: list[Stored], max_queries: int | None) -> Kept:
