@@ -52,6 +52,29 @@ def test_gen_mode_writes_embeddings_and_responses(case, tmp_path, capsys):
     assert f"{missing} of them without <gen_emb>" in capsys.readouterr().err
 
 
+def test_self_consistency_is_the_mean_of_sampled_responses(case, tmp_path):
+    flags = ["--mode", "gen", "--temperature", "1.3"]
+    encode(case, tmp_path / "mean.npz", *flags, "--mean-of-samples", "3")
+    encode(case, tmp_path / "one.npz", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "mean.jsonl").read_text().splitlines()]
+    single = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    directory, path = case
+    model, wanted = reference_model(directory), prompts(directory, path.parent)
+    distinct = 0
+    for line, one, row in zip(lines, single, np.load(tmp_path / "mean.npz")["embeddings"], strict=True):
+        assert {name: line[name] for name in one} == one, "the first sample is that of a run with one"
+        states = []
+        for sample in (line, *line["others"]):
+            prompt, tokens = wanted[line["id"]], sample["token_ids"]
+            states.append(reference_states(model, prompt, tokens)[len(prompt) + len(tokens) - 1])
+        distinct += len({tuple(sample["token_ids"]) for sample in (line, *line["others"])}) > 1
+        mean = sum(state / state.norm() for state in states)
+        assert cosine(row, mean) >= 0.99999 and abs(np.linalg.norm(row) - 1) < 1e-5, line["id"]
+    assert distinct, "all samples were equal"
+    with pytest.raises(ConfigError, match="mean_of_samples=2 needs --temperature above 0"):
+        encode(case, tmp_path / "none.npz", "--mode", "gen", "--mean-of-samples", "2")
+
+
 def test_missing_gen_emb_can_fall_back_or_stop(case, tmp_path):
     encode(case, tmp_path / "disc.npz")
     encode(case, tmp_path / "gen.npz", "--mode", "gen", "--missing-gen-emb", "disc")

@@ -49,12 +49,14 @@ class GenEmbedder:
         return self.engine.processor.encode_prompt(item.text, item.images, videos(item), media)
 
     def embed(self, items: list[Input], prompts: list[Sequence]) -> list[Embedded]:
-        generated = generate(self.engine, prompts, [item.id for item in items], self.generation)
-        return [
-            (outcome.embedding(self.generation.missing_gen_emb), response_line(self.engine, item.id, response))
-            for item, outcome in zip(items, generated, strict=True)
-            for response in outcome.responses
-        ]
+        config = self.generation
+        temperatures = (config.temperature,) * config.mean_of_samples
+        generated = generate(self.engine, prompts, [item.id for item in items], config, temperatures)
+        found = []
+        for item, outcome in zip(items, generated, strict=True):
+            states = [outcome.embedding(config.missing_gen_emb, sample) for sample in range(config.mean_of_samples)]
+            found.append((mean_embedding(states), response_line(self.engine, item.id, outcome.responses)))
+        return found
 
 
 def videos(item: Input) -> list[tuple[str, ...]]:
@@ -62,11 +64,25 @@ def videos(item: Input) -> list[tuple[str, ...]]:
     return [item.video] if item.video else []
 
 
-def response_line(engine: Engine, input_id: str, response: Response) -> dict:
-    """One line of the file of responses."""
+def mean_embedding(states: list[np.ndarray | None]) -> np.ndarray | None:
+    """The normalised mean of unit vectors float32 [H]; None where one of them is."""
+    if any(state is None for state in states):
+        return None
+    if len(states) == 1:
+        return states[0]
+    mean = np.mean(states, axis=0, dtype=np.float64)
+    return (mean / np.linalg.norm(mean)).astype(np.float32)
+
+
+def response_line(engine: Engine, input_id: str, responses: list[Response]) -> dict:
+    """One line of the file of responses: the first one, and any others in a list."""
+    first, *others = (_described(engine, response) for response in responses)
+    return {"id": input_id, **first} | ({"others": others} if others else {})
+
+
+def _described(engine: Engine, response: Response) -> dict:
     text = engine.decode_text(response.token_ids)
     return {
-        "id": input_id,
         "response": text,
         "missing_gen_emb": response.missing_gen_emb,
         "well_formed": has_format(text) and not response.missing_gen_emb,

@@ -36,16 +36,20 @@ class GenerationConfig:
     """Stop right after <gen_emb>: what follows cannot change the embedding.  Otherwise go on to <|im_end|>."""
     missing_gen_emb: Literal["append", "disc", "error"] = "append"
     """A response without <gen_emb>: append = close it with one and read there, disc = use the disc embedding, error."""
+    mean_of_samples: int = 1
+    """Self-consistency: an input's gen embedding is the normalised mean over this many sampled responses."""
     max_sequences: int = 256
     """Most responses that are generated at once."""
 
     def violations(self) -> list[str]:
         found = []
-        for name in ("max_new_tokens", "max_sequences"):
+        for name in ("max_new_tokens", "max_sequences", "mean_of_samples"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be 1 or above")
         if not 0.0 <= self.temperature < float("inf"):
             found.append(f"temperature={self.temperature} must be 0 (greedy) or above")
+        if self.mean_of_samples > 1 and self.temperature == 0:
+            found.append(f"mean_of_samples={self.mean_of_samples} needs --temperature above 0")
         if not 0.0 < self.top_p <= 1.0:
             found.append(f"top_p={self.top_p} must be above 0 and at most 1")
         return found

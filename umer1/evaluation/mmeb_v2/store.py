@@ -108,6 +108,7 @@ class Store:
 
 def _summary(lines: list[dict]) -> dict[str, Any]:
     """What the responses of a side were like."""
+    lines = [response for line in lines for response in (line, *line.get("others", []))]
     count = max(len(lines), 1)
     return {
         "count": len(lines),

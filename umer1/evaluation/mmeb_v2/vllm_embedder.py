@@ -12,7 +12,7 @@ from pathlib import Path
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Prompt, Sequence
 from umer1.errors import UserError
-from umer1.inference.embedders import Embedded, response_line, videos
+from umer1.inference.embedders import Embedded, mean_embedding, response_line, videos
 from umer1.inference.engine import Engine, make_processor
 from umer1.inference.generate import GenerationConfig, Response
 from umer1.inference.inputs import Input
@@ -86,7 +86,7 @@ class VLLMEmbedder:
     def embed(self, items: list[Input], prompts: list[Prompt]) -> list[Embedded]:
         requests = [Request(item.id, prompt) for item, prompt in zip(items, prompts, strict=True)]
         sampling = Sampling(
-            num_generations=1,
+            num_generations=self.generation.mean_of_samples,
             max_completion_length=self.generation.max_new_tokens,
             temperature=self.generation.temperature,
             stop_ids=self.stop_ids,
@@ -97,20 +97,24 @@ class VLLMEmbedder:
             answers = self.client.generate(requests, sampling, lambda: False)
         except EngineDied as error:
             raise UserError(str(error)) from None
-        lost = [item.id for item, (completion,) in zip(items, answers, strict=True) if completion is None]
+        lost = [item.id for item, completions in zip(items, answers, strict=True) if None in completions]
         if lost:
             raise UserError(
                 f"vLLM gave no response to {len(lost)} of {len(items)} inputs in {time.monotonic() - begin:.0f} s, "
                 f"{lost[0]} among them; the engine's log is {self.client.log_path}"
             )
-        responses = [self.response(completion) for (completion,) in answers]
-        rows, sequences = zip(*map(self._read, prompts, responses), strict=True)
-        states = self.engine.embed(list(sequences), list(rows))
-        without = [response.missing_gen_emb and self.generation.missing_gen_emb == "error" for response in responses]
-        return [
-            (None if none else state, response_line(self.engine, item.id, response))
-            for item, response, state, none in zip(items, responses, states, without, strict=True)
-        ]
+        responses = [[self.response(completion) for completion in completions] for completions in answers]
+        rows, sequences = zip(
+            *(self._read(prompt, one) for prompt, several in zip(prompts, responses, strict=True) for one in several),
+            strict=True,
+        )
+        states = iter(self.engine.embed(list(sequences), list(rows)))
+        found = []
+        for item, several in zip(items, responses, strict=True):
+            error = self.generation.missing_gen_emb == "error" and any(one.missing_gen_emb for one in several)
+            mean = mean_embedding([next(states) for _ in several])
+            found.append((None if error else mean, response_line(self.engine, item.id, several)))
+        return found
 
     def response(self, completion: Completion) -> Response:
         """A completion in the words of umer1's own generation: without its end, closed by the policy."""
