@@ -63,7 +63,7 @@ class _KeptCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         found, exponentials = statistics(hidden, weight, shard, temperature, block_bytes=block_bytes)
         losses = -found.logprobs()
-        ctx.gradients = gradients(
+        made = gradients(
             hidden,
             weight,
             shard,
@@ -75,13 +75,14 @@ class _KeptCrossEntropy(torch.autograd.Function):
             block_bytes=block_bytes,
             exponentials=exponentials,
         )
+        ctx.save_for_backward(*made)  # so that they go with the graph, not with the next one
         ctx.mark_non_differentiable(losses)
         return torch.dot(losses, row_weights), losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        return *(None if made is None else made * upstream for made in ctx.gradients), None, None, None, None
+        return *(None if made is None else made * upstream for made in ctx.saved_tensors), None, None, None, None
 
 
 def linear_logprobs(
