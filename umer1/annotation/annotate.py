@@ -80,7 +80,7 @@ class Annotation:
     def __init__(self, command: AnnotateCommand):
         self.command, config = command, command.annotate
         self.media = MediaRoot(config.data_root, max_source_pixels=command.teacher.max_source_pixels)
-        self.library = Library(self.media, num_frames=config.num_frames, folder=config.embedded_folder)
+        self.library = Library(self.media, num_frames=command.engine.num_frames, folder=config.embedded_folder)
         self.judge = AnswerFilter.open(command.filters, config.tokenizer)
         settings = {name: getattr(command.teacher, name) for name in _ANSWER_SETTINGS}
         self.journal = Journal(Path(config.output) / JOURNAL_FILE, settings)

@@ -61,8 +61,6 @@ class AnnotateConfig:
     """Directory of the journal (answers as they come) and of dataset/ (the finished files)."""
     tokenizer: str | None = None
     """Directory of the model that will be trained; its tokenizer.json counts the answers' tokens."""
-    num_frames: int = 8
-    """Frames of a video, evenly spaced over those in its folder or file."""
     pairs_per_shard: int = 20000
     """Pairs of one SFT file."""
     rl_pairs: int = 0
@@ -81,7 +79,7 @@ class AnnotateConfig:
     def violations(self) -> list[str]:
         required = ("inputs", "data_root", "output", "tokenizer")
         found = [f"--{name.replace('_', '-')} is required" for name in required if not getattr(self, name)]
-        least_values = {"num_frames": 1, "pairs_per_shard": 1, "rl_pairs": 0, "rl_oversampling": 1, "rl_min_rank": 1}
+        least_values = {"pairs_per_shard": 1, "rl_pairs": 0, "rl_oversampling": 1, "rl_min_rank": 1}
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 found.append(f"{name}={getattr(self, name)} must be {least} or above")
@@ -153,4 +151,6 @@ class AnnotateCommand:
                 found.append(f"{launched_world_size()} processes were started; annotate is one process")
             if not self.annotate.rl_pairs:
                 found.append(f"model={self.engine.model!r} ranks the pairs for RL; --rl-pairs says how many")
+        elif self.engine.num_frames < 1:
+            found.append(f"num_frames={self.engine.num_frames} must be 1 or above")
         return found

@@ -64,8 +64,8 @@ class EngineConfig:
     video_max_pixels: int | None = None
     """Most pixels of a video frame after resizing."""
     num_frames: int = 8
-    """Frames that are taken from a video, evenly spaced over a video file or, in MMEB-V2, over the saved frames; lists
-    of frames in an input are taken as they are."""
+    """Frames that are taken from a video file, or from a folder of frames (MMEB-V2, annotate), evenly spaced; lists of
+    frames in an input are taken as they are."""
     blank_image_for_text: bool = False
     """Give every input without media a 28 x 28 white image, as upstream does (to reproduce its numbers)."""
 
