@@ -40,8 +40,9 @@ class Part:
 
     name: str
     command: tuple[str, ...]
-    limit: float  # seconds
+    limit: float  # seconds at most
     needs: tuple[str, ...]  # import names
+    reserve: float = 0.0  # seconds that the parts before it leave to it
     correctness: bool = False
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -56,10 +57,10 @@ class Outcome:
     note: str = ""
 
 
-def suite(name: str, limit: float) -> Part:
+def suite(name: str, limit: float, reserve: float) -> Part:
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--sizes", "gpu", f"perf/bench_{name}.py")
     needs = SUITES + (("megatron.core",) if name == "linear_cross_entropy" else ())
-    return Part(name=name, command=(*command, "--results", "{output}"), limit=limit, needs=needs)
+    return Part(name=name, command=(*command, "--results", "{output}"), limit=limit, needs=needs, reserve=reserve)
 
 
 def all_parts() -> list[Part]:
@@ -84,13 +85,23 @@ def all_parts() -> list[Part]:
             needs=("torch", "triton", "pytest"),
             correctness=True,
         ),
-        suite("infonce", 130),
-        suite("rank_margin", 45),
-        suite("gather_hidden", 45),
-        suite("linear_cross_entropy", 70),
-        Part(name="step_sft", command=("perf/step_sft.py", "--results", "{output}"), limit=110, needs=TRAINING),
-        Part(name="step_grpo", command=("perf/step_grpo.py", "--results", "{output}"), limit=110, needs=TRAINING),
+        suite("infonce", 130, reserve=45),
+        suite("rank_margin", 45, reserve=15),
+        suite("gather_hidden", 45, reserve=15),
+        suite("linear_cross_entropy", 70, reserve=25),
+        step("step_sft"),
+        step("step_grpo"),
     ]
+
+
+def step(name: str) -> Part:
+    command = (f"perf/{name}.py", "--results", "{output}")
+    return Part(name=name, command=command, limit=110, needs=TRAINING, reserve=70)
+
+
+def time_limit(part: Part, later: Sequence[Part], left: float) -> float:
+    """Seconds that a part may take of the `left` ones: what is reserved for the parts after it stays theirs."""
+    return min(part.limit, left - sum(each.reserve for each in later))
 
 
 def gpu_problem() -> str | None:
@@ -175,8 +186,9 @@ def run_parts(parts: Sequence[Part], output: Path, total: float = TOTAL_SECONDS)
     output.mkdir(parents=True, exist_ok=True)
     deadline, path, found = time.monotonic() + total, import_path(), []
     with (output / "gpu_check.log").open("wb") as log:
-        for part in parts:
-            limit = min(part.limit, deadline - time.monotonic())
+        for place, part in enumerate(parts):
+            later = [each for each in parts[place + 1 :] if not missing(each.needs)]
+            limit = time_limit(part, later, deadline - time.monotonic())
             absent = missing(part.needs)
             if absent:
                 outcome = Outcome(name=part.name, status="not run", note=f"missing: {', '.join(absent)}")

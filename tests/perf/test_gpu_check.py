@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "perf"))
 import gpu_check
-from gpu_check import Outcome, Part, exit_code, missing, run_parts, summary
+from gpu_check import TOTAL_SECONDS, Outcome, Part, all_parts, exit_code, missing, run_parts, summary, time_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +28,26 @@ def test_without_a_gpu_one_line_and_nothing_done(tmp_path):
     (line,) = done.stderr.splitlines()
     assert "sees no GPU" in line
     assert not output.exists()
+
+
+def test_slow_parts_leave_the_later_ones_their_time():
+    """Every part takes all it may: the steps at the size of 2B still get what is reserved for them."""
+    parts, left, limits = all_parts(), TOTAL_SECONDS, {}
+    for place, each in enumerate(parts):
+        limits[each.name] = time_limit(each, parts[place + 1 :], left)
+        assert each.reserve <= limits[each.name] <= each.limit
+        left -= limits[each.name]
+    assert left >= 0
+    assert min(limits["step_sft"], limits["step_grpo"]) >= 70
+    assert min(limits.values()) >= 15
+
+
+def test_a_part_that_hangs_does_not_starve_the_next(tmp_path):
+    parts = [part("hangs", "import time; time.sleep(60)", limit=60), part("last", "print('done')", reserve=15.0)]
+    started = time.monotonic()
+    found = run_parts(parts, tmp_path, total=17.0)
+    assert [each.status for each in found] == ["timed out", "passed"]
+    assert time.monotonic() - started < 17
 
 
 def test_parts_are_on_their_own(tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from umer1.rl import rewards
-from umer1.rl.rewards import REWARDS, RewardInputs, embedding_reward, format_reward, threshold_share
+from umer1.ops.rank_margin_reward import rank_margin_reward
+from umer1.rl.rewards import REWARDS, RewardInputs, format_reward, threshold_share
 
 CASES = 1000
 
@@ -60,7 +60,7 @@ def test_equals_the_definition(kind, masked):
         if masked:
             query_valid, target_valid = rng.random((2, pairs * size)) < rng.choice([0.3, 0.8, 1.0])
             ids = rng.integers(0, pairs, pairs) if rng.random() < 0.5 else None
-        got = embedding_reward(
+        got = rank_margin_reward(
             torch.from_numpy(query),
             torch.from_numpy(target),
             size,
@@ -78,7 +78,7 @@ def test_hand_computed_two_pairs():
     """Pair 0's targets e1 and e2, pair 1's targets e1 and e3; the first query is e1, the others e2, e3, e3."""
     e1, e2, e3 = torch.eye(3, dtype=torch.float64)
     query, target = torch.stack([e1, e2, e3, e3]), torch.stack([e1, e2, e1, e3])
-    reward, ranking, margin = embedding_reward(query, target, 2)
+    reward, ranking, margin = rank_margin_reward(query, target, 2)
     # Row 0: similarities 1 0 | 1 0: the two ones are rows 0 and 2, half of the top are its own; margin 1/2 - 1/2.
     # Row 1: 0 1 | 0 0: row 1, then of the zeros the first, row 0: all its own.  Row 3: 0 0 | 0 1: row 3, then row 0.
     assert ranking.tolist() == [0.5, 1.0, 0.5, 0.5]
@@ -89,7 +89,7 @@ def test_hand_computed_two_pairs():
 def test_all_equal_similarities_rank_by_index():
     """The first pair's targets come first in any tie, so it alone has the top to itself."""
     ones = torch.ones(6, 4)
-    reward, ranking, margin = embedding_reward(ones, ones, 2)
+    reward, ranking, margin = rank_margin_reward(ones, ones, 2)
     assert ranking.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert margin.tolist() == [0.0] * 6 and reward.tolist() == [0.0] * 6 and reward.dtype == torch.float32
 
@@ -98,32 +98,32 @@ def test_fp32_ranks_as_fp64_does():
     """Similarities that only fp64 tells apart: products of fp32 numbers are exact there."""
     query = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     target = torch.tensor([[1.0, 1e-5, 1e-5], [1.0, 1e-5, 1.1e-5]])
-    _, ranking, _ = embedding_reward(query, target, 1)
+    _, ranking, _ = rank_margin_reward(query, target, 1)
     assert ranking.tolist() == [0.0, 1.0]
     tiny = torch.tensor([[1.0, 1e-9, 0.0], [1.0, 2e-9, 0.0]])
-    _, ranking, _ = embedding_reward(query, tiny, 1)
+    _, ranking, _ = rank_margin_reward(query, tiny, 1)
     assert ranking.tolist() == [0.0, 1.0] and ranking.dtype == torch.float32
 
 
 def test_the_reward_carries_no_gradient():
     query = torch.randn(4, 3, requires_grad=True)
-    assert not any(part.requires_grad for part in embedding_reward(query, query, 2))
+    assert not any(part.requires_grad for part in rank_margin_reward(query, query, 2))
 
 
 def test_what_is_not_valid_may_hold_anything():
     rng = np.random.default_rng(5)
     query, target = (torch.from_numpy(part) for part in embeddings(rng, 12, "random"))
     valid = torch.tensor([True, False, True] * 4)
-    clean = embedding_reward(query, target, 3, query_valid=valid, target_valid=valid)
+    clean = rank_margin_reward(query, target, 3, query_valid=valid, target_valid=valid)
     query[~valid], target[~valid] = math.nan, math.inf
-    dirty = embedding_reward(query, target, 3, query_valid=valid, target_valid=valid)
+    dirty = rank_margin_reward(query, target, 3, query_valid=valid, target_valid=valid)
     assert all(torch.equal(got, want) for got, want in zip(dirty, clean, strict=True))
 
 
 @pytest.mark.parametrize("query,target,size", [((4, 3), (6, 3), 2), ((5, 3), (5, 3), 2), ((4,), (4,), 2)])
 def test_wrong_shapes_are_refused(query, target, size):
     with pytest.raises(ValueError):
-        embedding_reward(torch.zeros(query), torch.zeros(target), size)
+        rank_margin_reward(torch.zeros(query), torch.zeros(target), size)
 
 
 @pytest.mark.parametrize(
@@ -180,13 +180,16 @@ def make_inputs(**changed) -> RewardInputs:
         valid=torch.tensor([True] * 5 + [False]),
         other_valid=torch.ones(6, dtype=torch.bool),
     )
-    return RewardInputs(**(values | changed))
+    values |= changed
+    sides = values["embeddings"], values["other_embeddings"]
+    valid = dict(query_valid=values["valid"], target_valid=values["other_valid"])
+    return RewardInputs(embedding_scores=rank_margin_reward(*sides, values["num_generations"], **valid), **values)
 
 
 def test_every_term_is_its_definition():
     inputs = make_inputs()
     valid, everyone = inputs.valid, inputs.other_valid
-    reward, ranking, margin = embedding_reward(
+    reward, ranking, margin = rank_margin_reward(
         inputs.embeddings, inputs.other_embeddings, 2, query_valid=valid, target_valid=everyone
     )
     share = threshold_share(
@@ -207,12 +210,7 @@ def test_every_term_is_its_definition():
         torch.testing.assert_close(got, expected, msg=name)
 
 
-def test_inputs_are_frozen_and_scored_once(monkeypatch):
-    inputs, calls = make_inputs(), []
-    original = rewards.embedding_reward
-    monkeypatch.setattr(rewards, "embedding_reward", lambda *a, **k: (calls.append(1), original(*a, **k))[1])
-    for name in ("embedding", "ranking", "margin"):
-        REWARDS[name](inputs)
-    assert len(calls) == 1
+def test_inputs_are_frozen():
+    inputs = make_inputs()
     with pytest.raises(dataclasses.FrozenInstanceError):
         inputs.side = 1

@@ -9,7 +9,8 @@ import torch
 
 from umer1.configuration import load_config, to_yaml
 from umer1.errors import ConfigError, UserError
-from umer1.rl.rewards import embedding_reward, format_reward
+from umer1.ops.rank_margin_reward import rank_margin_reward
+from umer1.rl.rewards import format_reward
 from umer1.rl.scoring import RewardConfig, RewardTerm, StepRollouts, load_reward, score_step
 
 GOOD, BAD = "<think>a</think><answer>b<gen_emb>", "nothing <gen_emb>"
@@ -54,7 +55,7 @@ def test_default_is_format_plus_embedding_for_both_sides():
     got = score(rollouts, RewardConfig(comparison_pairs=4))
     assert list(got.components) == ["format", "embedding"]
     for side in range(2):
-        reward, ranking, margin = embedding_reward(rollouts.embeddings[side], rollouts.embeddings[1 - side], SIZE)
+        reward, ranking, margin = rank_margin_reward(rollouts.embeddings[side], rollouts.embeddings[1 - side], SIZE)
         form = format_reward(rollouts.responses[side])
         assert torch.equal(got.components["format"][side], form)
         assert torch.equal(got.components["embedding"][side], reward)
@@ -92,7 +93,7 @@ def test_failed_and_missing_rollouts_are_left_out_of_every_comparison():
     for side in range(2):
         clean = [values.nan_to_num() for values in (rollouts.embeddings[side], rollouts.embeddings[1 - side])]
         valid = dict(query_valid=embedded[side], target_valid=embedded[1 - side])
-        assert torch.equal(got.ranking[side], embedding_reward(*clean, SIZE, **valid)[1])
+        assert torch.equal(got.ranking[side], rank_margin_reward(*clean, SIZE, **valid)[1])
 
 
 def test_equal_targets_are_left_out_only_when_asked():
@@ -102,7 +103,7 @@ def test_equal_targets_are_left_out_only_when_asked():
     for start in (0, 3):
         rows = slice(start * SIZE, (start + 3) * SIZE)
         query, target = rollouts.embeddings[:, rows]
-        _, _, margin = embedding_reward(query, target, SIZE, target_ids=rollouts.target_ids[start : start + 3])
+        _, _, margin = rank_margin_reward(query, target, SIZE, target_ids=rollouts.target_ids[start : start + 3])
         assert torch.equal(other.margin[0, rows], margin)
 
 

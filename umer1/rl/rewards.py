@@ -7,12 +7,11 @@ form: `module:function` in the configuration.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from umer1.data.prompts import has_format
-from umer1.ops.rank_margin_reward import rank_margin_reward
+from umer1.ops.rank_margin_reward import RankMargin
 
 
 def format_reward(responses: list[str]) -> torch.Tensor:
@@ -30,29 +29,6 @@ def _check(query: torch.Tensor, target: torch.Tensor, num_generations: int) -> N
         raise ValueError(f"embeddings {tuple(query.shape)} and {tuple(target.shape)}: expected [N * G, D] twice")
     if num_generations < 1 or len(query) % num_generations:
         raise ValueError(f"{len(query)} rollouts are no whole number of groups of {num_generations}")
-
-
-def embedding_reward(
-    query_embeddings: torch.Tensor,
-    target_embeddings: torch.Tensor,
-    num_generations: int,
-    *,
-    query_valid: torch.Tensor | None = None,
-    target_valid: torch.Tensor | None = None,
-    target_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(reward, ranking, margin), each [N * G], of the query side's rollouts; for the other side swap the roles.
-
-    `umer1.ops.rank_margin_reward`, which has the definition: fp64 sums on the CPU, the Triton kernels' fp32 on CUDA.
-    """
-    return rank_margin_reward(
-        query_embeddings,
-        target_embeddings,
-        num_generations,
-        query_valid=query_valid,
-        target_valid=target_valid,
-        target_ids=target_ids,
-    )
 
 
 def threshold_share(
@@ -90,20 +66,9 @@ class RewardInputs:
     other_embeddings: torch.Tensor  # float [R, D], L2-normalised
     valid: torch.Tensor  # bool [R]
     other_valid: torch.Tensor  # bool [R]
+    embedding_scores: RankMargin  # (reward, ranking, margin) of `umer1.ops.rank_margin_reward`, [R] each
     target_ids: torch.Tensor | None = None  # int64 [N]: pairs of equal ids are no negatives of each other
     similarity_threshold: float = 0.5
-
-    @cached_property
-    def embedding_scores(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(reward, ranking, margin) of `embedding_reward`, computed once however many terms want it."""
-        return embedding_reward(
-            self.embeddings,
-            self.other_embeddings,
-            self.num_generations,
-            query_valid=self.valid,
-            target_valid=self.other_valid,
-            target_ids=self.target_ids,
-        )
 
 
 RewardFunction = Callable[[RewardInputs], torch.Tensor]
@@ -117,17 +82,17 @@ def format_term(inputs: RewardInputs) -> torch.Tensor:
 
 def embedding_term(inputs: RewardInputs) -> torch.Tensor:
     """ranking * margin, the paper's reward."""
-    return inputs.embedding_scores[0].float()
+    return inputs.embedding_scores.reward.float()
 
 
 def ranking_term(inputs: RewardInputs) -> torch.Tensor:
     """The ranking alone (ablation)."""
-    return inputs.embedding_scores[1].float()
+    return inputs.embedding_scores.ranking.float()
 
 
 def margin_term(inputs: RewardInputs) -> torch.Tensor:
     """The margin alone (ablation)."""
-    return inputs.embedding_scores[2].float()
+    return inputs.embedding_scores.margin.float()
 
 
 def threshold_term(inputs: RewardInputs) -> torch.Tensor:

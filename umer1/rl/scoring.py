@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from umer1.errors import UserError
+from umer1.ops.rank_margin_reward import rank_margin_rewards
 from umer1.rl.rewards import REWARDS, RewardFunction, RewardInputs
 
 SIDES = 2  # 0 the query, 1 the positive
@@ -162,6 +163,14 @@ def score_step(
         target_ids = None
         if config.exclude_equal_targets and rollouts.target_ids is not None:
             target_ids = rollouts.target_ids[start // num_generations :][:pairs_of_set]
+        scores = rank_margin_rewards(
+            embeddings[0, rows],
+            embeddings[1, rows],
+            num_generations,
+            query_valid=embedded[0, rows],
+            target_valid=embedded[1, rows],
+            target_ids=target_ids,
+        )
         for side in range(SIDES):
             inputs = RewardInputs(
                 side=side,
@@ -173,12 +182,13 @@ def score_step(
                 other_embeddings=embeddings[1 - side, rows],
                 valid=embedded[side, rows],
                 other_valid=embedded[1 - side, rows],
+                embedding_scores=scores[side],
                 target_ids=target_ids,
                 similarity_threshold=config.reward_similarity_threshold,
             )
             for name, function in functions.items():
                 components[name][side, rows] = _run_term(name, function, inputs)
-            _, ranking[side, rows], margin[side, rows] = (part.float() for part in inputs.embedding_scores)
+            ranking[side, rows], margin[side, rows] = scores[side].ranking.float(), scores[side].margin.float()
     components = {name: values.masked_fill(~valid, 0.0) for name, values in components.items()}
     total = sum(term.weight * components[term.name] for term in config.rewards)
     return StepRewards(total=total, components=components, ranking=ranking, margin=margin)
