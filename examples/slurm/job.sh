@@ -72,8 +72,9 @@ finish() {
     # cancelled is not RUNNING any more, and stays out.
     if [ "$status" = 0 ] && [ -e "$UMER1_STOPPED_FILE" ] &&
         scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+        trap - TERM # the requeue ends this shell
         scontrol requeue "$SLURM_JOB_ID"
-        sleep 60 # this shell ends with the requeue
+        sleep 60
     fi
     exit "$status"
 }

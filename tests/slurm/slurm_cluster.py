@@ -99,6 +99,11 @@ class Cluster:
         while not (self.state(job) == "PENDING" and self.show(job)["Restarts"] != "0"):
             assert time.monotonic() < deadline, f"job {job} was not requeued:\n{self.log()}"
             time.sleep(0.2)
+        # Why Slurm waits: a node may still be ending the job's last run, and would refuse the next.
+        while list(self.folder.glob(f"spool.*/job{int(job):05d}")):
+            assert time.monotonic() < deadline, f"job {job} does not end on its node:\n{self.log()}"
+            time.sleep(0.2)
+        time.sleep(1)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def log(self) -> str:
