@@ -15,7 +15,7 @@ evaluation, results.json and results.txt.
 
 from umer1.configuration import help_text, load_config
 from umer1.distributed.parallel import init_distributed
-from umer1.evaluation.mmeb_v2.config import MMEBCommand, joined
+from umer1.evaluation.mmeb_v2.config import MMEBCommand
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report, survey
 from umer1.evaluation.mmeb_v2.registry import select
 from umer1.evaluation.mmeb_v2.run import encode_tasks
@@ -28,9 +28,9 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_text(MMEBCommand, __doc__))
         return
-    command = load_config(MMEBCommand, joined(argv))
+    command = load_config(MMEBCommand, argv)
     config = command.eval
-    specs = select(config.task_names(), config.modality)
+    specs = select(config.tasks or [], config.modality)
     if config.output:
         make_folder(config.output)
     if config.stored or config.from_reference:

@@ -22,8 +22,8 @@ class MMEBConfig:
     output: str | None = None
     """Directory for vectors, the files of the reference evaluation, results.json and results.txt; a run that was
     broken off goes on there."""
-    tasks: str | None = None
-    """Names of tasks: --tasks K700 MSVD, or one text with commas in YAML; unset: all 78."""
+    tasks: list[str] | None = None
+    """Names of tasks: --tasks K700 MSVD, or a list in YAML; unset: all 78."""
     modality: Literal["image", "video", "visdoc"] | None = None
     """Only the tasks of this modality."""
     query_mode: Mode = "disc"
@@ -88,9 +88,6 @@ class MMEBConfig:
             seed=self.adaptive_seed,
         )
 
-    def task_names(self) -> list[str]:
-        return (self.tasks or "").replace(",", " ").split()
-
     @property
     def needs_model(self) -> bool:
         return not (self.check or self.stored or self.from_reference)
@@ -124,17 +121,3 @@ class MMEBCommand:
         if self.engine.tensor_model_parallel_size * self.engine.pipeline_model_parallel_size > 1:
             found.append("engine=vllm has one engine a process: tensor and pipeline parallel sizes must be 1")
         return found
-
-
-def joined(argv: list[str]) -> list[str]:
-    """`--tasks A B` as `--tasks A,B`."""
-    found: list[str] = []
-    names = False  # whether the words go on naming tasks
-    for word in argv:
-        if word.startswith("--"):
-            names = word.partition("=")[0] == "--tasks"
-        elif names and not found[-1] == "--tasks":
-            found[-1] += f",{word}"
-            continue
-        found.append(word)
-    return found
