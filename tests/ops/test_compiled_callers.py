@@ -3,21 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.utils import counters
+from compiling import compiling
 
 from umer1.ops.infonce import infonce
 from umer1.ops.rank_margin_reward import rank_margin_reward, rank_margin_rewards
 
 
 @pytest.fixture(autouse=True)
-def with_dynamo():
-    """It is switched off where there is no GPU: umer1/__init__.py."""
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._dynamo.config.patch(disable=False):
+def compiled():
+    with compiling():
         yield
-    assert counters["frames"]["ok"], "nothing was compiled"
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("with_negatives", [False, True])

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import compiling
 
 from umer1.errors import UserError
 from umer1.ops import extension, gather_hidden_compiled
@@ -237,7 +238,7 @@ def test_compiles_without_a_break(impl):
 
     hidden, cotangent = torch.randn(3, 2, 8), torch.randn(3, 8)
     want = with_gradients(read, hidden, weight, cotangent)
-    with torch._dynamo.config.patch(disable=False):
+    with compiling():
         got = with_gradients(torch.compile(read, backend="aot_eager", fullgraph=True), hidden, weight, cotangent)
     for name, value in want.items():
         assert_close(name, got[name], value, rtol=1e-6)
