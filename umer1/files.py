@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,17 @@ from umer1.errors import UserError
 
 @contextmanager
 def atomic_path(path: str | Path):
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`, else removed."""
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`, else removed.
+
+    What a killed process of this machine left of an earlier try goes away too.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    start = f".{path.name}.tmp-{socket.gethostname()}-"
+    for left in path.parent.iterdir():
+        if left.name.startswith(start) and not _is_alive(left.name.removeprefix(start)):
+            left.unlink(missing_ok=True)
+    aside = path.with_name(f"{start}{os.getpid()}")
     try:
         yield aside
         with open(aside, "rb") as file:
@@ -23,6 +31,17 @@ def atomic_path(path: str | Path):
         fsync_directory(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process has this number; True for what is none."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        return True
+    return True
 
 
 def fsync_directory(path: str | Path) -> None:

@@ -1,6 +1,8 @@
 """The parts of annotation alone: parsing, filters, journal, selection, frames."""
 
+import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -188,6 +190,15 @@ def test_frames_of_a_video_file_are_written_once(tmp_path, monkeypatch):
     monkeypatch.setattr("umer1.annotation.media.sample_frames", lambda *_: pytest.fail("decoded again"))
     assert Library(media, num_frames=3, folder="embedded").frames("a.mp4", "clips") == found
     monkeypatch.undo()
+    folder = tmp_path / Path(found[0]).parent
+    shutil.rmtree(folder)
+    old, new = (folder.with_name(f".tmp-{folder.name}-{word}") for word in ("old", "new"))  # of killed runs
+    for left in (old, new):
+        left.mkdir()
+    os.utime(old, (1, 1))
+    assert library.frames("a.mp4", "clips") == found
+    assert not old.exists() and new.exists(), "a run that is at work keeps its own"
+    new.rmdir()
     other = Library(media, num_frames=2, folder="embedded").frames("a.mp4", "clips")
     assert len(other) == 2 and not set(other) & set(found)
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]

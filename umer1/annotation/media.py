@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from umer1.data.media import FORMATS, MAX_FILE_BYTES, MediaRoot
 from umer1.data.video_files import MAX_VIDEO_BYTES, is_video_file, sample_frames
 from umer1.files import atomic_path
 
+_LEFT_SECONDS = 3600.0  # after which an unfinished folder is a killed run's
 _JPEG_QUALITY = 95  # of a frame that training reads
 _FRAME_NAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -67,6 +69,9 @@ class Library:
         if not path.exists():
             frames = sample_frames(self.media, relative, self.num_frames)
             aside = aside_path(path)
+            for left in path.parent.glob(aside.name.rpartition("-")[0] + "-*"):  # by a run that was killed
+                if time.time() - left.stat().st_mtime > _LEFT_SECONDS:  # and not of one that is at work
+                    shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
             try:
                 for number, frame in enumerate(frames):

@@ -3,18 +3,16 @@
 python -m umer1.annotation.teacher_process PARENT_PID ARGUMENTS...
 """
 
-import ctypes
 import os
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h; kept over exec
+from umer1.processes import end_with_parent
 
 
 def main() -> None:
     parent, *arguments = sys.argv[1:]
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # a server ends its own processes then
+    end_with_parent(signal.SIGTERM)  # a server ends its own processes then
     if os.getppid() != int(parent):  # it ended before the kernel was asked
         sys.exit(1)
     os.execv(sys.executable, [sys.executable, *arguments])

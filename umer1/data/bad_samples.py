@@ -167,7 +167,7 @@ class BadSampleLog:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
-            with _locked(file):
+            with locked(file):
                 self._catch_up(file)
                 lines = [_line(record) for index, record in new.items() if index not in self._listed]
                 os.write(file.fileno(), b"".join(lines))  # opened for appending
@@ -193,7 +193,7 @@ def _line(record: BadRecord) -> bytes:
 
 
 @contextmanager
-def _locked(file):
+def locked(file):
     """Hold the file's lock where the file system has locks; appending stays whole without one."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -27,6 +27,7 @@ from umer1.data.processor import MAX_FRAMES
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import EncodedPair, PackedBatch, PromptPair
 from umer1.data.vision import DecodeWork
+from umer1.processes import end_with_parent
 
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
 
@@ -270,7 +271,7 @@ class Loader:
                 num_workers=self.config.num_workers,
                 prefetch_factor=self.config.prefetch_factor,
                 collate_fn=shipping.as_it_is,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=_follow_the_trainer,
                 generator=torch.Generator(),  # of its own: the global state must not depend on the number of workers
             )
         )
@@ -290,8 +291,12 @@ class Loader:
         self._steps = None
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Schedulers and terminals signal every process of a job; the trainer saves, leaves and ends its workers."""
+def _follow_the_trainer(worker: int) -> None:
+    """Schedulers and terminals signal every process of a job; the trainer saves, leaves and ends its workers.
+
+    A trainer that is killed cannot; torch's workers would notice after some seconds, and hold its memory until then.
+    """
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

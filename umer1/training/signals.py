@@ -3,18 +3,14 @@
 A rank whose launcher was killed ends as well: an orphan would train on, and save beside the run that replaces it.
 """
 
-import ctypes
 import os
 import signal
-import sys
 from types import FrameType
 
 from umer1.files import write_text
+from umer1.processes import end_with_parent
 
 LEAVE = (signal.SIGTERM, signal.SIGUSR1)
-
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_launcher() -> None:
@@ -24,8 +20,8 @@ def end_with_launcher() -> None:
     """
     for number in LEAVE:
         signal.signal(number, signal.SIG_DFL)
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 class SignalWatch:

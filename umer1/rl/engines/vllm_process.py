@@ -1,6 +1,5 @@
 """The engine's process as the trainer sees it: its environment, its start, its log and its end."""
 
-import ctypes
 import itertools
 import os
 import signal
@@ -10,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from umer1 import device
+from umer1 import device, processes
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SITE = Path(__file__).parent / "child_site"
 # What a launcher told this rank about its own process group is none of the engine's business.
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -35,8 +33,7 @@ def end_with_parent(parent: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    processes.end_with_parent()
     if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(1)
 
