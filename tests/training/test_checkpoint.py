@@ -87,6 +87,16 @@ def test_the_newest_stay_and_the_newest_is_taken(tiny, state, saved):
     assert layout.read_tracker(saved) == 20
 
 
+def test_every_nth_stays_for_good(tiny, state, tmp_path):
+    run = Run(tiny, state, save=str(tmp_path / "run"), save_interval=5, keep_latest_checkpoints=1, keep_every=10)
+    for iteration in (5, 10, 15, 20, 25):
+        run.save(iteration)
+    assert layout.list_iterations(tmp_path / "run") == [10, 20, 25]
+    config = CheckpointConfig(save_interval=4, keep_every=10, keep_latest_checkpoints=0)
+    wanted = "keep_every=10 must be 0 (none stays for good) or a multiple of save_interval=4"
+    assert config.violations() == [wanted, "keep_every=10 needs keep_latest_checkpoints above 0, which keeps all"]
+
+
 def test_load_is_for_a_save_that_has_nothing_yet(tiny, state, saved, tmp_path):
     """The same command, killed and repeated, goes on from --save and not from --load again."""
     flags = {"save": str(tmp_path / "next"), "load": saved, "ckpt_step": 10}

@@ -140,13 +140,33 @@ def remove_left_behind(save: str | Path) -> list[str]:
     return names
 
 
-def prune(save: str | Path, keep: int) -> list[int]:
-    """Remove all but the `keep` newest checkpoints that pass `read_manifest`; damaged ones are left for a person.
+def removable(iterations: list[int], keep_latest: int, keep_every: int) -> list[int]:
+    """Of ascending `iterations` of whole checkpoints those that may go.
 
-    `keep=0` keeps all.  Returns the iterations removed.
+    The `keep_latest` newest stay (0: all do), and with `keep_every` above 0 every multiple of it.
     """
-    if keep == 0:
+    if keep_latest == 0:
         return []
+    return [number for number in iterations[:-keep_latest] if not (keep_every and number % keep_every == 0)]
+
+
+def prune(save: str | Path, keep_latest: int, keep_every: int = 0) -> list[int]:
+    """Remove what is `removable` of the checkpoints that pass `read_manifest`; damaged ones are left for a person.
+
+    Returns the iterations removed.
+    """
+    gone = []
+    for iteration in removable(sound_iterations(save), keep_latest, keep_every):
+        try:
+            remove(iteration_path(save, iteration))
+            gone.append(iteration)
+        except OSError as error:  # a full disk is worse than a missing clean-up; training goes on
+            logger.warning("checkpoint of iteration %d could not be removed: %s", iteration, error)
+    return gone
+
+
+def sound_iterations(save: str | Path) -> list[int]:
+    """Ascending iterations whose checkpoints pass `read_manifest`."""
     sound = []
     for iteration in list_iterations(save):
         try:
@@ -154,12 +174,7 @@ def prune(save: str | Path, keep: int) -> list[int]:
             sound.append(iteration)
         except ValueError:
             continue
-    for iteration in sound[:-keep]:
-        try:
-            remove(iteration_path(save, iteration))
-        except OSError as error:  # a full disk is worse than a missing clean-up; training goes on
-            logger.warning("checkpoint of iteration %d could not be removed: %s", iteration, error)
-    return sound[:-keep]
+    return sound
 
 
 def is_writable(save: str | Path) -> str | None:

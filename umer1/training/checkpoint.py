@@ -38,6 +38,8 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved."""
     keep_latest_checkpoints: int = 3
     """How many checkpoints stay in --save; older ones are removed after a newer one is complete.  0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints whose iteration is a multiple of this stay for good, beside the latest.  0: none do."""
     ckpt_step: int | None = None
     """Iteration of --load to go on from; default: the newest valid one.  --save is always continued from its newest."""
     finetune: bool = False
@@ -49,6 +51,11 @@ class CheckpointConfig:
             problems.append(f"save_interval={self.save_interval} must be 1 or above")
         if self.keep_latest_checkpoints < 0:
             problems.append(f"keep_latest_checkpoints={self.keep_latest_checkpoints} must be 0 (keep all) or above")
+        if self.keep_every < 0 or self.keep_every % max(self.save_interval, 1):
+            wanted = f"0 (none stays for good) or a multiple of save_interval={self.save_interval}"
+            problems.append(f"keep_every={self.keep_every} must be {wanted}")
+        if self.keep_every and not self.keep_latest_checkpoints:
+            problems.append(f"keep_every={self.keep_every} needs keep_latest_checkpoints above 0, which keeps all")
         if self.ckpt_step is not None and self.ckpt_step < 0:
             problems.append(f"ckpt_step={self.ckpt_step} must be 0 or above")
         if self.ckpt_step is not None and not self._loads_from_elsewhere:
@@ -106,7 +113,7 @@ class Checkpointer:
             },
         )
         if self.state.rank == 0:
-            directories.prune(self.config.save, self.config.keep_latest_checkpoints)
+            directories.prune(self.config.save, self.config.keep_latest_checkpoints, self.config.keep_every)
 
     def load(self, models: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
         """Go on from --save's newest valid checkpoint, else from --load's; returns the trainer's state.

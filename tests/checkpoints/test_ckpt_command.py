@@ -1,0 +1,151 @@
+"""`umer1 ckpt` on real checkpoints, whole and damaged."""
+
+import json
+import random
+import shutil
+
+import pytest
+from tiny_qwen2_vl import make_tiny_directory
+
+from umer1 import checkpoint_command, conversion
+from umer1.checkpoints import layout
+from umer1.errors import UserError
+
+SEED = random.randrange(2**32)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A save directory with iterations 2, 4, ..., 12, the same weights in each, and the model they are of."""
+    folder = tmp_path_factory.mktemp("good")
+    tiny = make_tiny_directory(folder / "tiny", layers=1, vision_depth=1)
+    conversion.main(["--from-hf", str(tiny), "--to-checkpoint", str(folder / "run")])
+    first = folder / "run" / "iter_0000000"
+    for iteration in range(2, 13, 2):
+        copy = layout.iteration_path(folder / "run", iteration)
+        shutil.copytree(first, copy)
+        manifest = json.loads((copy / layout.MANIFEST).read_text())
+        (copy / layout.MANIFEST).write_text(json.dumps({**manifest, "iteration": iteration}))
+    shutil.rmtree(first)
+    return folder
+
+
+@pytest.fixture
+def run(good, tmp_path):
+    return shutil.copytree(good / "run", tmp_path / "run")
+
+
+def damaged_file(run, iteration, rng):
+    """Any file of the manifest."""
+    path = layout.iteration_path(run, iteration)
+    names = [name for name, about in layout.read_manifest(path)["files"].items() if about["size"]]
+    return path / rng.choice(names)
+
+
+def flip(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def verify(run, capsys, *flags):
+    with pytest.raises(SystemExit) as end:
+        checkpoint_command.main(["verify", str(run), *flags])
+    return end.value.code, capsys.readouterr().out
+
+
+def test_list(run, capsys):
+    shutil.rmtree(layout.iteration_path(run, 6) / "hf")
+    checkpoint_command.main(["list", str(run)])
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:6]] == [f"iter_{n:07d}" for n in range(12, 0, -2)]
+    assert "weights alone, float32, written by one rank" in lines[0]
+    assert "DAMAGED: hf/" in lines[3] and "is missing" in lines[3] and out.count("DAMAGED") == 1
+    assert "goes on from iter_0000012" in out
+    checkpoint_command.main(["list", str(run), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [one.get("iteration") for one in found] == [12, 10, 8, None, 4, 2]
+    files = [file for file in layout.iteration_path(run, 12).rglob("*") if file.is_file()]
+    assert found[0]["bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_verify_finds_any_flipped_bit_and_any_cut(run, capsys):
+    rng = random.Random(SEED)
+    assert verify(run, capsys)[0] == 0
+    flip(damaged_file(run, 8, rng), rng)
+    cut = damaged_file(run, 4, rng)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    status, out = verify(run, capsys)
+    assert status == 1, SEED
+    assert [line.split()[0] for line in out.splitlines() if "DAMAGED" in line] == ["iter_0000008", "iter_0000004"], SEED
+    status, out = verify(run, capsys, "--json")
+    assert status == 1 and [bool(one["problem"]) for one in json.loads(out)] == [False, False, True, False, True, False]
+    assert verify(layout.iteration_path(run, 10), capsys)[0] == 0
+    assert verify(layout.iteration_path(run, 8), capsys)[0] == 1
+
+
+def test_verify_does_not_trust_a_manifest_that_fits_a_hostile_pickle(run, capsys):
+    """What the loader would refuse is not called whole."""
+    path = layout.iteration_path(run, 12)
+    (path / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    manifest = json.loads((path / layout.MANIFEST).read_text())
+    manifest["files"][".metadata"] = {"size": 24, "crc32": layout.crc32(path / ".metadata")}
+    manifest["files"][".metadata"]["size"] = (path / ".metadata").stat().st_size
+    (path / layout.MANIFEST).write_text(json.dumps(manifest))
+    status, out = verify(run, capsys)
+    assert status == 1 and out.splitlines()[0].startswith("iter_0000012     DAMAGED") and "system" in out
+
+
+def test_prune(run, capsys):
+    words = ["prune", str(run), "--keep-latest-checkpoints", "2", "--keep-every", "4"]
+    checkpoint_command.main([*words, "--dry-run"])
+    assert layout.list_iterations(run) == [2, 4, 6, 8, 10, 12]
+    assert "would remove iter_0000006" in capsys.readouterr().out
+    checkpoint_command.main(words)
+    assert layout.list_iterations(run) == [4, 8, 10, 12]
+    assert "4 checkpoints stay" in capsys.readouterr().out
+
+
+def test_prune_never_takes_the_last_whole_one(run):
+    """Cut files do not count as kept; a flipped bit among those that are to stay stops it all."""
+    rng = random.Random(SEED)
+    cut = damaged_file(run, 12, rng)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    words = ["prune", str(run), "--keep-latest-checkpoints", "1"]
+    flip(damaged_file(run, 10, rng), rng)
+    with pytest.raises(UserError, match="nothing was removed: .*iter_0000010 is to stay and is damaged"):
+        checkpoint_command.main(words)
+    assert len(layout.list_iterations(run)) == 6, SEED
+    shutil.rmtree(layout.iteration_path(run, 10))
+    checkpoint_command.main(words)
+    assert layout.list_iterations(run) == [8, 12]
+
+
+def test_export_takes_the_newest_whole_one(run, tmp_path):
+    """The model is what `umer1 convert` writes of it."""
+    rng = random.Random(SEED)
+    flip(damaged_file(run, 12, rng), rng)
+    checkpoint_command.main(["export", str(run), "--to-hf", str(tmp_path / "hf")])
+    conversion.main(["--from-checkpoint", str(run / "iter_0000010"), "--to-hf", str(tmp_path / "again")])
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "again")]
+    assert files[0] == files[1], SEED
+
+
+def test_wrong_commands_are_one_message(run, tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint and holds none"):
+        checkpoint_command.main(["list", str(tmp_path)])
+    with pytest.raises(UserError, match=r"latest-checkpoints 0 must be 1 or above; --keep-every -1 must be"):
+        checkpoint_command.main(["prune", str(run), "--keep-latest-checkpoints", "0", "--keep-every", "-1"])
+    with pytest.raises(UserError, match="is one checkpoint; give the --save directory"):
+        checkpoint_command.main(["prune", str(run / "iter_0000012"), "--keep-latest-checkpoints", "1"])
+    assert len(layout.list_iterations(run)) == 6
+
+
+@pytest.mark.parametrize(
+    ("latest", "every", "stay"),
+    [(0, 0, [2, 4, 6, 8]), (1, 0, [8]), (3, 0, [4, 6, 8]), (1, 4, [4, 8]), (9, 0, [2, 4, 6, 8])],
+)
+def test_what_may_go(latest, every, stay):
+    gone = layout.removable([2, 4, 6, 8], latest, every)
+    assert [number for number in (2, 4, 6, 8) if number not in gone] == stay
