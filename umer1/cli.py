@@ -7,12 +7,15 @@ from umer1.errors import exit_on_user_error
 
 COMMANDS = {
     "convert": ("umer1.conversion", "Hugging Face directory <-> megatron distributed checkpoint"),
+    "ckpt": ("umer1.checkpoint_command", "list, verify, prune and export checkpoints"),
     "annotate": ("umer1.annotation.annotate", "pairs -> SFT and RL files, with reasoning from a teacher"),
     "encode": ("umer1.inference.encode", "JSONL of inputs -> embeddings, in disc or gen mode"),
     "eval": ("umer1.evaluation.command", "score a model on a benchmark"),
     "share": ("umer1.sharing.share", "a model directory for others: sentence-transformers files and a model card"),
+    "doctor": ("umer1.doctor.command", "what is installed, what it is used for, whether it works"),
     "plan": ("umer1.plan.command", "memory, layout and speed of a training run, before anything of it exists"),
     "mine": ("umer1.mining.mine", "hard negatives of an SFT file, by a model's embeddings"),
+    "report": ("umer1.report.command", "training runs as one HTML page: curves, samples, settings, comparison"),
     "serve-rollouts": ("umer1.rl.engines.vllm_serve", "a vLLM engine for GRPO that trainers reach over TCP"),
     "compare": ("umer1.evaluation.compare", "results of several runs side by side"),
 }

@@ -1,0 +1,148 @@
+"""`umer1 report` on run folders, damaged and hostile ones too."""
+
+import json
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from umer1.errors import UserError
+from umer1.report import chart, command
+from umer1.report.runs import read_run
+
+SEED = random.randrange(2**32)
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def make_run(path, *, steps=40, loss=2.0, lr=0.5, extra=""):
+    rng = random.Random(SEED)
+    path.mkdir()
+    lines = [
+        json.dumps(
+            {"iteration": step, "train_iters": steps, "loss": loss + rng.random(), "grad_norm": rng.random() * 9}
+        )
+        for step in range(1, steps + 1)
+    ]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n" + extra)
+    (path / "config.yaml").write_text(yaml.safe_dump({"optimizer": {"lr": lr, "clip_grad": 1.0}, "data": {"seed": 3}}))
+    return path
+
+
+class Tags(HTMLParser):
+    """Opened and closed elements, and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.opened, self.open, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.opened.append((tag, dict(attrs)))
+        if tag not in ("meta", "path", "polyline", "circle"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.opened.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_one_run(tmp_path, capsys):
+    run = make_run(tmp_path / "sft")
+    command.main([str(run)])
+    assert "report.html: 1 runs, 3 curves" in capsys.readouterr().out
+    text = (run / "report.html").read_text()
+    tags = Tags(text)
+    assert not tags.open and "gradient norm" in tags.words
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"sft: {last['loss']:.4g} at step 40" in tags.words
+    # nothing is fetched or run
+    assert not [tag for tag, _ in tags.opened if tag in ("script", "link", "img", "iframe", "object")]
+    assert not re.findall(r"(?:href|src)=|url\(|@import", text)
+
+
+def test_several_runs_share_charts_and_tell_what_differs(tmp_path):
+    runs = [make_run(tmp_path / name, lr=lr) for name, lr in (("one", 0.5), ("two", 0.25))]
+    output = tmp_path / "both.html"
+    command.main([f"first={runs[0]}", str(runs[1]), "--output", str(output)])
+    text = output.read_text()
+    assert text.count("<title>first: ") == text.count("<title>two: ") == 2
+    differing = text[text.index("<h2>Settings") : text.index("<details><summary>All 3 settings")]
+    assert "optimizer.lr" in differing and "clip_grad" not in differing
+
+
+def test_damage_is_counted_and_told(tmp_path):
+    extra = '{"iteration": 41, "loss": NaN}\n{"iteration": 41, "loss": null, "mfu": null}\n'
+    extra += '{"iteration": 42, "lo\n[1, 2]\n{"iteration": 43, "loss": Infinity}\n'
+    run = make_run(tmp_path / "run", extra=extra)
+    (run / "config.yaml").write_text("optimizer: [")
+    (run / "run.json").write_text('{"pairs": {"toy": "many"}}')
+    (run / "bad_samples.jsonl").write_text('{"cause": "missing_file"}\nhalf of\n{"cause": "missing_file"}\n')
+    command.main([str(run)])
+    words = " ".join(Tags((run / "report.html").read_text()).words)
+    for said in (
+        "2 damaged lines of metrics.jsonl",
+        "loss was not finite 3 times",
+        "config.yaml cannot be read",
+        "run.json cannot be read",
+        "bad_samples.jsonl has 1 damaged lines",
+        "2 bad samples",
+    ):
+        assert said in words, said
+    assert "mfu was not" not in words  # never measured here
+    assert read_run("x", run).curves["loss"][-1][0] == 40
+
+
+def test_text_of_runs_stays_text(tmp_path):
+    run = make_run(tmp_path / "run", extra=json.dumps({"iteration": 41, HOSTILE: 1.0}) + "\n")
+    (run / "rollouts").mkdir()
+    (run / "rollouts" / "iter_0000001.txt").write_text(HOSTILE + "x" * 30_000)
+    (run / "bad_samples.jsonl").write_text(json.dumps({"cause": HOSTILE, HOSTILE: HOSTILE}) + "\n")
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {HOSTILE: HOSTILE}}))
+    (run / "run.json").write_text(
+        json.dumps({"pairs": {HOSTILE: 3}, "versions": [{"step": 0, "packages": {"a": HOSTILE}}]})
+    )
+    command.main([f"{HOSTILE.replace('/', '').replace('=', '')}={run}", "--output", str(tmp_path / "out.html")])
+    tags = Tags((tmp_path / "out.html").read_text())
+    assert not tags.open and not [tag for tag, attributes in tags.opened if tag in ("script", "img")]
+    assert not [name for _, attributes in tags.opened for name in attributes if name.startswith("on")]
+    assert any("10,0" in word and "more characters" in word for word in tags.words)
+
+
+def test_wrong_commands_are_one_message(tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "metrics.jsonl").write_text("nothing\n")
+    with pytest.raises(UserError, match=r"is no training run(.|\n)*no record of a step \(1 damaged"):
+        command.main([str(tmp_path), str(tmp_path / "empty"), "--output", str(tmp_path / "x.html")])
+    with pytest.raises(UserError, match="several runs need --output"):
+        command.main([f"a={run}", f"b={run}"])
+    with pytest.raises(UserError, match="two runs are called 'run'"):
+        command.main([str(run), str(run), "--output", str(tmp_path / "x.html")])
+    with pytest.raises(UserError, match="cannot be written"):
+        command.main([str(run), "--output", str(run / "metrics.jsonl" / "x.html")])
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_thinning_keeps_every_spike():
+    rng = random.Random(SEED)
+    curve = [(step, rng.random()) for step in range(5000)]
+    for step in (0, 17, 2500, 4999):
+        curve[step] = (step, 100.0 + step)
+    kept = chart.thinned(curve)
+    assert len(kept) <= 600 and kept == sorted(kept), SEED
+    assert {(step, 100.0 + step) for step in (0, 17, 2500, 4999)} <= set(kept), SEED
+    assert set(kept) <= set(curve)
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [1e-12, 2e-12], [-1e9, 1e9], [5.0, 5.0 + 1e-9]])
+def test_charts_of_any_scale(values):
+    text = chart.line_chart("t", [(0, "run", list(enumerate(values)))])
+    numbers = [float(word) for word in re.findall(r"[-\d.]+(?=,)", "".join(re.findall(r'points="([^"]+)"', text)))]
+    assert "nan" not in text and all(0 <= number <= chart.WIDTH for number in numbers)

@@ -1,0 +1,1 @@
+"""`umer1 report`: training runs as one HTML page that needs nothing else."""
