@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from adaptive_reference import adaptive_reference
 
 from umer1.evaluation.adaptive import AdaptiveRule
 from umer1.evaluation.mmeb_v2.modes import score_modes
@@ -114,6 +115,34 @@ def test_pairs_of_modes_oracle_and_adaptive(name):
             assert adaptive.predictions[row] == found.scores["disc-disc"].predictions[row], f"seed {FRESH}"
     only = score_modes(task, names, {"disc": queries["disc"]}, targets, AdaptiveRule())
     assert list(only.scores) == ["disc-disc", "disc-gen"] and only.adaptive is None
+
+
+@pytest.mark.parametrize("name", ["MSCOCO_t2i", "OK-VQA", "ViDoRe_docvqa"])
+def test_adaptive_mode_from_vectors_to_the_score(name):
+    """Cosines, pools, the rule, ranking and metric, all once more in plain Python."""
+    rng = np.random.default_rng([FRESH, 7])
+    task, names = make_task(rng, name)
+    rule = AdaptiveRule(num_probes=6, price=0.05, seed=int(rng.integers(100)))
+    sides = [rng.normal(size=(2, count, 16)).astype(np.float32) for count in (len(task.queries), len(names))]
+    sides = [side / np.linalg.norm(side, axis=-1, keepdims=True) for side in sides]
+    queries, targets = (dict(zip(("disc", "gen"), side, strict=True)) for side in sides)
+    found = score_modes(task, names, queries, targets, rule)
+    pools = [names if task.spec.candidates == "global" else list(query.cand_names) for query in task.queries]
+    disc, gen = (
+        [
+            [float(vector.astype(np.float64) @ targets[mode][names.index(name)].astype(np.float64)) for name in pool]
+            for vector, pool in zip(queries[mode], pools, strict=True)
+        ]
+        for mode in ("disc", "gen")
+    )
+    scores, reasoned, _, _ = adaptive_reference(disc, gen, rule)
+    reasoned = [reason and len(pool) > 1 for reason, pool in zip(reasoned, pools, strict=True)]
+    assert found.adaptive.reasoned.tolist() == reasoned, f"seed {FRESH}"
+    wanted = []
+    for query, pool, row, ranked in zip(task.queries, pools, scores, found.scores["adaptive"].predictions, strict=True):
+        assert ranked == [pool[i] for i in sorted(range(len(pool)), key=lambda i, row=row: -row[i])], f"seed {FRESH}"
+        wanted.append(plain_score(task.spec.metric, ranked, query))
+    assert abs(found.scores["adaptive"].summary[task.spec.metric] - sum(wanted) / len(wanted)) < 1e-9, f"seed {FRESH}"
 
 
 def test_published_numbers_agree_with_each_other():
