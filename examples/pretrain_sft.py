@@ -39,7 +39,9 @@ def main() -> None:
         return
     end_with_launcher()
     with exit_on_user_error("pretrain_sft"):
-        config, directory = read_command_line(SFTConfig, sys.argv[1:], DEFAULT_CONFIG)
+        config, directory = read_command_line(
+            SFTConfig, sys.argv[1:], DEFAULT_CONFIG, lambda config: config.fp8.machine_violations()
+        )
         with init_distributed(config.parallel, seed=config.run.seed) as state:
             prepare_default_data(config, state)
             SFTTrainer(config, directory, state).fit()

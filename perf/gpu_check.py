@@ -91,6 +91,13 @@ def all_parts() -> list[Part]:
         suite("linear_cross_entropy", 70, reserve=25),
         step("step_sft"),
         step("step_grpo"),
+        Part(
+            name="fp8_compare",
+            command=("perf/fp8_compare.py", "--results", "{output}"),
+            limit=200,
+            needs=TRAINING,
+            reserve=40,
+        ),
     ]
 
 

@@ -19,6 +19,7 @@ from umer1.data.loader import DataConfig
 from umer1.data.packing import pack
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState, init_distributed
+from umer1.models.fp8 import FP8Config
 from umer1.plan.hardware import HARDWARE
 from umer1.plan.setup import Setup
 from umer1.plan.sft_memory import sft_memory
@@ -42,36 +43,42 @@ ABOUT = (
 class FixedBatches:
     """The same micro-batches every step; the frozen ViT's features are made anew, as they would be."""
 
+    is_source = True
+
     def __init__(self, batches: list[PackedBatch]):
         self.batches = batches
 
     def next(self) -> tuple[list[PackedBatch], bool]:
         return [replace(batch, vision_features=None) for batch in self.batches], len(self.batches) > 1
 
+    def take_drawn(self) -> list:
+        """No samples of a file to name."""
+        return []
+
 
 class StepTrainer(SFTTrainer):
     """The trainer's step without its program: no files, no logs, no checkpoints."""
 
-    def __init__(self, config: SFTConfig, model_name: str, state: ParallelState, fp8: bool):
+    def __init__(self, config: SFTConfig, model_name: str, state: ParallelState):
         directory = directory_of(MODELS[model_name])
         pairs, micro_batch, sizes = SIZES[model_name]
         made = random_pairs(directory, pairs, seed=config.run.seed, **sizes)
-        # FP8 products want multiples of 16 rows.
-        batches = [pack(made[start : start + micro_batch], 16) for start in range(0, pairs, micro_batch)]
-        models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
+        multiple = config.fp8.token_multiple(1)
+        batches = [pack(made[start : start + micro_batch], multiple) for start in range(0, pairs, micro_batch)]
+        models = build_training_model(
+            config.model, config.parallel, directory, state, weights_follow=True, fp8=config.fp8
+        )
         fill_randomly(models)
-        if fp8:
-            for model in models:
-                model.config.fp8, model.config.fp8_recipe = "hybrid", "tensorwise"
         source = FixedBatches([batch.to(state.device) for batch in batches])
         Trainer.__init__(self, config, directory, state, source, models)
 
 
-def settings(model_name: str, fp32: bool) -> SFTConfig:
+def settings(model_name: str, precision: str) -> SFTConfig:
     pairs, micro_batch, _ = SIZES[model_name]
-    model, parallel = model_settings(fp32)
+    model, parallel = model_settings(precision == "fp32")
     return SFTConfig(
         model=model,
+        fp8=FP8Config(fp8_format="hybrid" if precision == "fp8" else None),
         parallel=parallel,
         data=DataConfig(global_batch_size=pairs, micro_batch_size=micro_batch),
         optimizer=OptimizerConfig(train_iters=1000, lr=1e-6, lr_warmup_iters=0),
@@ -87,11 +94,11 @@ def planned_bytes(model_name: str, config: SFTConfig, batches: list[PackedBatch]
 
 def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
     """A row of the record."""
-    if precision == "fp8" and not device.has_te():
-        return {"not_measured": "needs a GPU and Transformer Engine"}
-    config = settings(model_name, fp32=precision == "fp32")
+    config = settings(model_name, precision)
+    if lacking := config.fp8.machine_violations():
+        return {"not_measured": "; ".join(lacking)}
     with init_distributed(config.parallel, seed=config.run.seed) as state:
-        trainer = StepTrainer(config, model_name, state, fp8=precision == "fp8")
+        trainer = StepTrainer(config, model_name, state)
         records, peak = time_steps(trainer.train_step, steps)
         seconds, flops = median_of(records, "seconds"), median_of(records, "flops")
         found = {

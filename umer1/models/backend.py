@@ -1,8 +1,7 @@
 """Which modules the transformers are built of: Transformer Engine's on CUDA when installed, megatron's local ones else.
 
-This is the one place that chooses.  FP8 and other recipes of Transformer Engine enter here as well: they are settings
-of TransformerConfig (`fp8`, `fp8_recipe`, ...) that only the layers of `get_gpt_layer_with_transformer_engine_spec`
-read.
+This is the one place that chooses.  FP8 (umer1/models/fp8.py) is settings of TransformerConfig that only the layers of
+`get_gpt_layer_with_transformer_engine_spec` read.
 """
 
 import functools

@@ -13,6 +13,7 @@ from umer1.plan.buffers import StateBytes, state_bytes
 from umer1.plan.hardware import Hardware
 from umer1.plan.layout import Layout
 from umer1.plan.parameters import stage_parameters
+from umer1.training.config import SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +54,8 @@ class Setup:
     @property
     def padding(self) -> int:
         """What a micro-batch's tokens are a multiple of."""
-        return self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
+        return self.config.fp8.token_multiple(ranks) if isinstance(self.config, SFTConfig) else ranks
 
     def states(self, stage: int, dp_rank: int = 0) -> StateBytes:
         """What stays from step to step on a rank of pipeline stage `stage`."""

@@ -75,6 +75,8 @@ class RolloutPhase:
                 if first == self.ranks[0]:
                     self.group = group
         self.answered: dict[str, Answer] = {}  # of the step at hand: kept when another rank's engine died
+        self.working: Callable[[], None] = lambda: None  # called while this rank's engine is at work
+        self.waiting: Callable[[str], None] = lambda name: None  # called when only the others' are
 
     def load_weights(self, models: list[torch.nn.Module], stop: Stop) -> float:
         """The trainer's weights into every engine; seconds.
@@ -114,6 +116,7 @@ class RolloutPhase:
         """How `work` ended here, once it has ended on all ranks; each hears when any of them is told to stop."""
 
         def asked_to_stop() -> bool:
+            self.working()
             if stop():
                 self.leave.up()
             return self.leave.is_up()
@@ -127,6 +130,7 @@ class RolloutPhase:
             outcome = _Outcome("died", f"rank {self.state.rank}: {error}")
         except UserError as error:
             outcome = _Outcome("error", f"rank {self.state.rank}: {error}")
+        self.waiting("waiting for the other ranks' engines")
         self._wait_for_others(stop)
         return outcome
 

@@ -7,6 +7,7 @@ disagree about a bad sample.  Everything that can be wrong with the data raises 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,7 +16,7 @@ from umer1.data.blend import Blend
 from umer1.data.data_path import data_files
 from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.images import ImageConfig
-from umer1.data.loader import DataConfig, Loader, StepMaker
+from umer1.data.loader import DataConfig, Loader, StepData, StepMaker
 from umer1.data.processor import Processor
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import PackedBatch
@@ -91,7 +92,7 @@ def make_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState)
         data,
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,
-        pad_to_multiple=state.tp_size if config.parallel.sequence_parallel else 1,
+        pad_to_multiple=config.fp8.token_multiple(state.tp_size if config.parallel.sequence_parallel else 1),
         micro_batches_multiple_of=state.pp_size if interleaved else 1,
         disc_only=config.loss.weights()[1:] == (0.0, 0.0),
     )
@@ -123,6 +124,8 @@ class DataSource:
         self.is_source = state.tp_rank == 0 and state.pp_rank == 0
         self.loader: Loader | None = None
         self.work = [0, 0, 0, 0]  # see _work
+        self.drawn: list[tuple[np.ndarray, np.ndarray]] = []  # slots and pairs of steps, until they are taken
+        self.waiting: Callable[[str], None] = lambda name: None  # called when this rank's share is there
         failure = None
         if self.is_source:
             try:
@@ -130,6 +133,18 @@ class DataSource:
             except UserError as error:
                 failure = str(error)
         raise_together(failure)
+
+    def draw(self) -> StepData:
+        """On sources: this rank's share of the next step."""
+        step = self.loader.next()
+        self.drawn.append((step.slots, step.indices))
+        self.waiting("waiting for the other ranks' data")
+        return step
+
+    def take_drawn(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """int64 (slots, indices) of the steps that were drawn since the last call; none but on sources."""
+        drawn, self.drawn = self.drawn, []
+        return drawn
 
     @property
     def counts(self) -> BadSampleCounts:
@@ -211,7 +226,7 @@ class BatchSource(DataSource):
         """(micro-batches, whether any data-parallel rank has more than one)."""
         batches, several, failure = [], False, None
         if self.is_source:
-            step = self.loader.next()
+            step = self.draw()
             batches = step.batches
             several, failure = self.agree(len(batches) > 1, step.failure)
         if self.state.tp_size * self.state.pp_size > 1:

@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from umer1 import device
 from umer1.distributed.parallel import ParallelConfig, ParallelState
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import load_hf
@@ -56,13 +57,14 @@ def build_training_model(
     *,
     learnt_temperature: float | None = None,
     weights_follow: bool = False,
+    fp8: FP8Config | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's chunks (one a virtual stage), weights loaded, parts frozen, wrapped in megatron's DDP.
 
     learnt_temperature: where a contrastive temperature that is trained starts.  weights_follow: the directory holds
     none, a checkpoint brings them.
     """
-    chunks = build_model(directory.config, parallel, state, params_dtype=model.params_dtype)
+    chunks = build_model(directory.config, parallel, state, params_dtype=model.params_dtype, fp8=fp8)
     if not weights_follow:
         load_hf(chunks, directory, state)
     for chunk in chunks:
@@ -76,13 +78,15 @@ def build_training_model(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=chunks[0].config.fp8_param,
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
         # Megatron divides by the token count that the losses return: 0, so by nothing.  See forward_step.py.
         chunk.config.finalize_model_grads_func = finalize_model_grads
         ddp = DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
-        ddp.broadcast_params()
+        if not ddp_config.fp8_param_gather:  # torch does not broadcast FP8 weights; all ranks have read the same files
+            ddp.broadcast_params()
         wrapped.append(ddp)
     if parallel.overlap_grad_reduce:
         config = chunks[0].config

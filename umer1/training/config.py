@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from umer1.data.loader import DataConfig
 from umer1.distributed.parallel import ParallelConfig
 from umer1.losses.contrastive import LossConfig
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.training.build import ModelConfig
 from umer1.training.checkpoint import CheckpointConfig
 from umer1.training.metrics import LoggingConfig
 from umer1.training.optimizer import OptimizerConfig
+from umer1.training.watch_config import WatchConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,18 +30,22 @@ class SFTConfig:
     """Stage 1, cold-start SFT."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def violations(self) -> list[str]:
         """Every broken rule that needs neither the model's files nor the number of processes."""
-        parts = (self.model, self.data, self.loss, self.optimizer, self.checkpoint, self.logging, self.run)
+        parts = (self.model, self.fp8, self.data, self.loss, self.optimizer, self.checkpoint, self.logging, self.watch)
+        parts += (self.run,)
         found = [problem for part in parts for problem in part.violations()]
+        found += self.fp8_violations()
         budgets = (self.data.max_tokens_per_micro_batch, self.data.max_patches_per_micro_batch)
         if not self.loss.cached_contrastive and budgets != (None, None):
             found.append(
@@ -49,13 +55,40 @@ class SFTConfig:
             )
         return found
 
+    def fp8_violations(self) -> list[str]:
+        """Every broken rule between FP8 and the other sections."""
+        found = []
+        if self.fp8.fp8_format is None:
+            return found
+        if self.model.fp32:
+            found.append("fp8_format and fp32 are both set; FP8 multiplies bf16 weights: leave fp32 away")
+        if self.fp8.fp8_recipe == "delayed" and self.checkpoint.save is not None:
+            found.append(
+                "fp8_recipe=delayed does not go with save: checkpoints hold no histories of largest values, and a run "
+                "that goes on from one would begin with scales of 1; use tensorwise, or leave save unset"
+            )
+        if self.fp8.fp8_param_gather:
+            if not self.parallel.use_distributed_optimizer:
+                found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
+            found += [
+                f"fp8_param_gather does not go with {name}: weights in FP8 have no way into files or out of them yet"
+                for name, value in (
+                    ("save", self.checkpoint.save),
+                    ("load", self.checkpoint.load),
+                    ("export_hf", self.model.export_hf),
+                )
+                if value is not None
+            ]
+        return found
+
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
         """Every broken rule between the model, the layout and the number of processes."""
         found = self.parallel.violations(model_config, world_size)
         if found:
             return found
+        layers = self.fp8.layer_violations(model_config.num_layers, self.parallel.pipeline_model_parallel_size)
         dp_size = world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
-        found = self.data.violations(dp_size)
+        found = layers + self.data.violations(dp_size)
         stages, pairs = self.parallel.pipeline_model_parallel_size, self.data.global_batch_size
         if self.parallel.num_layers_per_virtual_pipeline_stage and not found and pairs // dp_size % stages:
             found.append(

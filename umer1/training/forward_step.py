@@ -7,7 +7,8 @@ megatron's could be right.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,6 +22,7 @@ from umer1.models.embedding import read_embedding
 from umer1.models.qwen2_vl.weights import unwrap
 
 NUM_STATISTICS = 4  # of local_infonce
+COMPARING = "comparing embeddings with the other ranks"  # what SFTStep.apart is told
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class SFTStep:
     data_parallel_group: dist.ProcessGroup
     train_vision: bool
     gradients: dict[int, ContrastiveGradients] = field(default_factory=dict)  # id(batch) -> its share, once cached
+    apart: Callable[[str], AbstractContextManager] = nullcontext  # around what waits for other ranks: Watch.apart
 
     @property
     def kinds(self) -> list[tuple[str, float]]:
@@ -79,15 +82,16 @@ def current_log_scale(core: torch.nn.Module, config: LossConfig) -> torch.Tensor
 
 def micro_batch_gradients(embeddings: torch.Tensor, batch: PackedBatch, step: SFTStep, log_scale: torch.Tensor):
     """The contrastive losses of the pairs that all ranks hold in this micro-batch."""
-    return contrastive_gradients(
-        embeddings,
-        batch.num_pairs,
-        tuple(weight for _, weight in step.kinds),
-        log_scale=log_scale,
-        num_pairs=step.totals.pairs,
-        group=step.data_parallel_group,
-        target_ids=batch.target_ids if step.config.mask_equal_targets else None,
-    )
+    with step.apart(COMPARING):
+        return contrastive_gradients(
+            embeddings,
+            batch.num_pairs,
+            tuple(weight for _, weight in step.kinds),
+            log_scale=log_scale,
+            num_pairs=step.totals.pairs,
+            group=step.data_parallel_group,
+            target_ids=batch.target_ids if step.config.mask_equal_targets else None,
+        )
 
 
 def embed_step(iterator: Iterator[PackedBatch], model: torch.nn.Module, step: SFTStep):

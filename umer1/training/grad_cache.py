@@ -16,7 +16,7 @@ from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState
 from umer1.losses.contrastive import ContrastiveGradients, contrastive_gradients
 from umer1.models.qwen2_vl.weights import unwrap
-from umer1.training.forward_step import NUM_STATISTICS, SFTStep, current_log_scale, embed_step, loss_step
+from umer1.training.forward_step import COMPARING, NUM_STATISTICS, SFTStep, current_log_scale, embed_step, loss_step
 from umer1.training.schedule import run_schedule
 
 
@@ -56,15 +56,16 @@ def cached_gradients(
         )
     with torch.no_grad():
         log_scale = current_log_scale(core, step.config)
-    whole = contrastive_gradients(
-        order,
-        sum(batch.num_pairs for batch in batches),
-        tuple(weight for _, weight in step.kinds),
-        log_scale=log_scale,
-        num_pairs=step.totals.pairs,
-        group=step.data_parallel_group,
-        target_ids=target_ids,
-    )
+    with step.apart(COMPARING):
+        whole = contrastive_gradients(
+            order,
+            sum(batch.num_pairs for batch in batches),
+            tuple(weight for _, weight in step.kinds),
+            log_scale=log_scale,
+            num_pairs=step.totals.pairs,
+            group=step.data_parallel_group,
+            target_ids=target_ids,
+        )
     sizes = [batch.num_pairs for batch in batches] * 2 + [batch.num_negatives for batch in batches]
     parts = whole.embeddings.split(sizes, dim=1)
     shares = {}

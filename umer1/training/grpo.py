@@ -41,6 +41,7 @@ class GRPOTrainer(Trainer):
     """`fit()` trains to `train_iters`; `train_step()` is the algorithm."""
 
     algorithm = "grpo"
+    own_phases = ("data", "generating", "forward and backward")
 
     def __init__(self, config: GRPOConfig, directory: HFDirectory, state: ParallelState):
         # The engine first: its process starts while the model is built here.
@@ -62,11 +63,13 @@ class GRPOTrainer(Trainer):
         self.restarts = 0
         self.seconds: dict[str, float] = {}
         self.not_logged: list[dict[str, Any]] = []  # records of steps since the last log line
+        self.slowest: dict[str, float] = {}  # straggler report of the interval that ends
         self.signals: SignalWatch | None = None
+        self.phase.working, self.phase.waiting = self.watch.beat, self.watch.waits
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def fit(self) -> None:
+    def loop(self) -> None:
         """Train, evaluate and save at their intervals and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of data, which can describe it
             self.say(self.describe())
@@ -76,7 +79,10 @@ class GRPOTrainer(Trainer):
             if self.iteration == 0 or self.evaluation_is_due:  # of the start, or one that a signal broke off
                 self.note_evaluation(self.evaluate())
             while not self.finished:
-                record = self.train_step()
+                with self.watch.step(self.iteration + 1):
+                    record = self.train_step()
+                if self.is_logged:
+                    self.slowest = self.stragglers()
                 try:
                     if self.finished or self.iteration % self.config.heldout.eval_interval == 0:
                         record |= self.evaluate()
@@ -144,7 +150,8 @@ class GRPOTrainer(Trainer):
             and useful < self.config.data.global_batch_size
             and len(rounds) < config.dynamic_sampling_rounds
         ):
-            pairs = self.source.next()
+            with self.watch.phase("data", own=self.source.is_source):
+                pairs = self.source.next()
             with self.clock("rollout", less="sync"):
                 completions = self.rollout(pairs, len(rounds))
             with self.clock("score"):
@@ -177,7 +184,8 @@ class GRPOTrainer(Trainer):
                     with self.clock("sync"):
                         self.phase.load_weights(self.models, stop)
                     self.engine_is_current = True
-                return self.phase.run(requests, sampling, stop)
+                with self.watch.phase("generating"):
+                    return self.phase.run(requests, sampling, stop)
             except EngineDied as error:
                 if self.signals and self.agree_on_signal(self.signals):
                     raise Interrupted("no engine is started anew by a run that leaves") from None
@@ -244,9 +252,10 @@ class GRPOTrainer(Trainer):
         if moved_all:
             self.scheduler.step(increment=1)
         norms = norms or [0.0]
-        self.note_skip(moved_all, finite_all, norms[-1])
         loss, tokens, kl, ratio, low, high = totals.tolist()
         tokens = max(tokens, 1.0)
+        self.note_offending(loss / len(norms) if finite_all else math.nan, sum(norms) / len(norms))
+        self.note_skip(moved_all, finite_all, norms[-1])
         return {
             "loss": loss / len(norms),
             "kl": kl / tokens,
@@ -286,7 +295,8 @@ class GRPOTrainer(Trainer):
         def learn(iterator, model):
             return update_step(iterator, model, step)
 
-        collected = run_schedule(self.models, batches, learn, self.state)
+        with self.watch.phase("forward and backward"):
+            collected = run_schedule(self.models, batches, learn, self.state)
         numbers = torch.zeros(1 + len(TOKEN_STATISTICS), device=self.state.device)
         if collected:
             numbers = torch.stack(collected).sum(0)
@@ -327,7 +337,7 @@ class GRPOTrainer(Trainer):
         if self.heldout is None:
             return {}
         sampling = self.sampling(1, 0.0)
-        with self.settled(), self.engine_at_work():
+        with self.watch.phase("held-out evaluation"), self.settled(), self.engine_at_work():
             record = evaluate(self.heldout, self.scorer, self.models, lambda asked: self.generate(asked, sampling))
         self.evaluation_is_due = False
         return record
@@ -357,7 +367,7 @@ class GRPOTrainer(Trainer):
         if not self.logger:
             return
         self.not_logged.append(record)
-        if self.iteration % self.config.logging.log_interval and not self.finished:
+        if not self.is_logged:
             return
         steps, self.not_logged = self.not_logged, []
         having = {name: [step[name] for step in steps if name in step] for step in steps for name in step}
@@ -367,7 +377,7 @@ class GRPOTrainer(Trainer):
         mean["generated_tokens_per_second"] = generated / max(mean["seconds_rollout"], 1e-9)
         mean["trained_tokens_per_second"] = trained / max(mean["seconds_update"], 1e-9)
         seconds = mean.pop("seconds")
-        self.logger.log(mean | self.progress(len(steps) * seconds, len(steps)))
+        self.logger.log(mean | self.progress(len(steps) * seconds, len(steps)) | self.slowest)
 
     # ------------------------------------------------------------------------------------------------ for people
 
@@ -375,7 +385,8 @@ class GRPOTrainer(Trainer):
     def clock(self, name: str, less: str | None = None) -> Iterator[None]:
         """Add the block's seconds to a phase, without those that the phase `less` took inside it."""
         started, other = time.perf_counter(), self.seconds.get(less, 0.0)
-        yield
+        with self.watch.phase(name):
+            yield
         spent = time.perf_counter() - started - (self.seconds.get(less, 0.0) - other)
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 

@@ -63,6 +63,8 @@ LINE = (  # record key, what the line calls it, format
     ("padding_share", "padding", ".1%"),
     ("memory_mib", "memory (MiB)", ".0f"),
     ("bad_samples", "bad samples", "d"),
+    ("slowest_rank", "slowest rank", "d"),
+    ("slowest_ratio", "its time by the median rank's", ".2f"),
 )
 
 

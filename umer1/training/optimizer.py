@@ -90,6 +90,8 @@ def build_optimizer(config: OptimizerConfig, models: list[torch.nn.Module], *, u
         params_dtype=dtype,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_param_gather=models[0].ddp_config.overlap_param_gather,
+        # Says how FP8 weights are laid out; there are none without this.
+        fp8_recipe=models[0].config.fp8_recipe if models[0].ddp_config.fp8_param_gather else None,
     )
     # The standard overrides take biases and norms out of weight decay.
     overrides = get_standard_config_overrides(megatron_config)

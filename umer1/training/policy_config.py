@@ -14,6 +14,7 @@ from umer1.training.checkpoint import CheckpointConfig
 from umer1.training.config import RunConfig
 from umer1.training.metrics import LoggingConfig
 from umer1.training.optimizer import OptimizerConfig
+from umer1.training.watch_config import WatchConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,6 +99,7 @@ class GRPOConfig:
     optimizer: OptimizerConfig = field(default_factory=_optimizer)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     @property
@@ -108,7 +110,7 @@ class GRPOConfig:
     def violations(self) -> list[str]:
         """Every broken rule that needs neither the model's files nor the number of processes."""
         parts = (self.model, self.data, self.rollout, self.reward, self.policy, self.heldout)
-        parts += (self.optimizer, self.checkpoint, self.logging, self.run)
+        parts += (self.optimizer, self.checkpoint, self.logging, self.watch, self.run)
         found = [problem for part in parts for problem in part.violations()]
         if self.prompt_length < 1:
             found.append(

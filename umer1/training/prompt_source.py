@@ -45,7 +45,7 @@ class PromptSource(DataSource):
         """The same pairs on all ranks of a copy of the model; pixels on its first stage."""
         pairs, failure = [], None
         if self.is_source:
-            step = self.loader.next()
+            step = self.draw()
             pairs = step.pairs
             _, failure = self.agree(False, step.failure)
         pairs, failure = share_pairs(pairs, failure, self.state)

@@ -1,12 +1,14 @@
 """Megatron's pipeline schedule over a list of micro-batches."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from umer1.distributed.parallel import ParallelState
+from umer1.models.fp8_amax import amax_kept
 
 
 def run_schedule(
@@ -19,10 +21,11 @@ def run_schedule(
     """none, 1F1B or interleaved; what the last stage's loss function returned for each micro-batch ([] elsewhere).
 
     batches: anything with `input_ids`.  forward_only: no graph and no backward; step_func's second result is called
-    with `non_loss_data=True`, and what it returns is collected.
+    with `non_loss_data=True`, and what it returns is collected; FP8's histories of largest values stay as they were.
     """
     iterators = [iter(batches) for _ in models]
-    with torch.set_grad_enabled(not forward_only):  # megatron leaves this to its caller
+    kept = amax_kept(models) if forward_only else nullcontext()
+    with kept, torch.set_grad_enabled(not forward_only):  # megatron leaves gradients to its caller
         return get_forward_backward_func()(
             forward_step_func=step_func,
             data_iterator=iterators if len(models) > 1 else iterators[0],

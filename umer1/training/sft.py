@@ -27,13 +27,20 @@ class SFTTrainer(Trainer):
     """`fit()` trains to `train_iters`; `train_step()` is the algorithm."""
 
     algorithm = "sft"
+    own_phases = ("data", "forward and backward")
 
     def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
         weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
         learnt = config.loss.contrastive_temperature if config.loss.learnable_temperature else None
         source = BatchSource(config, directory, state)
         models = build_training_model(
-            config.model, config.parallel, directory, state, learnt_temperature=learnt, weights_follow=weights_follow
+            config.model,
+            config.parallel,
+            directory,
+            state,
+            learnt_temperature=learnt,
+            weights_follow=weights_follow,
+            fp8=config.fp8,
         )
         super().__init__(config, directory, state, source, models)
         self.resume()
@@ -41,7 +48,7 @@ class SFTTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def fit(self) -> None:
+    def loop(self) -> None:
         """Train, save every `save_interval` steps and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of batches, which can describe them
             self.say(self.describe())
@@ -49,8 +56,9 @@ class SFTTrainer(Trainer):
         interval: list[dict[str, Any]] = []
         try:
             while self.iteration < self.config.optimizer.train_iters:
-                interval.append(self.train_step())
-                if self.iteration % self.config.logging.log_interval == 0 or self.finished:
+                with self.watch.step(self.iteration + 1):
+                    interval.append(self.train_step())
+                if self.is_logged:
                     self.log(interval)
                     interval = []
                 number = self.agree_on_signal(signals)
@@ -70,20 +78,27 @@ class SFTTrainer(Trainer):
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over one global batch; returns this step's record."""
         started = time.perf_counter()
-        batches, several = self.source.next()
-        totals, work = self.count(batches)
+        with self.watch.phase("data", own=self.source.is_source):
+            batches, several = self.source.next()
+        with self.watch.phase("counting"):
+            totals, work = self.count(batches)
         step = SFTStep(self.config.loss, totals, self.state.groups.dp, self.config.model.train_vision)
+        step.apart = self.watch.apart
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        numbers = forward_backward(self.models, batches, step, self.state, several)
-        losses = self.share(numbers, step)
+        with self.watch.phase("forward and backward"):
+            numbers = forward_backward(self.models, batches, step, self.state, several)
+        with self.watch.phase("sharing losses"):
+            losses = self.share(numbers, step)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         finite = math.isfinite(losses["loss"])
-        moved, grad_norm = step_if_finite(self.optimizer, self.config.optimizer.clip_grad, finite)
+        with self.watch.phase("optimizer"):
+            moved, grad_norm = step_if_finite(self.optimizer, self.config.optimizer.clip_grad, finite)
         self.iteration += 1
         if moved:
             self.scheduler.step(increment=1)
+        self.note_offending(losses["loss"], grad_norm)
         self.note_skip(moved, finite, grad_norm)
         seconds = time.perf_counter() - started
         return {"seconds": seconds, **losses, **work, "grad_norm": grad_norm, "learning_rate": learning_rate}
@@ -142,7 +157,8 @@ class SFTTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------ for people
 
     def log(self, interval: list[dict[str, Any]]) -> None:
-        """Means over the interval's steps, and rates."""
+        """Means over the interval's steps, and rates; collective."""
+        stragglers = self.stragglers()
         if not self.logger:
             return
         sums = ("seconds", "tokens", "slots", "patches", "flops")
@@ -160,7 +176,7 @@ class SFTTrainer(Trainer):
             "tflops_per_device": rate / 1e12,
             "mfu": rate / peak if peak else None,
         }
-        self.logger.log(record)
+        self.logger.log(record | stragglers)
 
     def describe(self) -> str:
         config = self.config

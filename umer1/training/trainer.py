@@ -24,8 +24,11 @@ from umer1.sharing.training_run import describe_run, note_start, pairs_of
 from umer1.training.batches import DataSource
 from umer1.training.checkpoint import Checkpointer
 from umer1.training.metrics import MetricsLogger
+from umer1.training.offending import LossWatch, list_samples
 from umer1.training.optimizer import build_optimizer
 from umer1.training.signals import SignalWatch, tell_job_script
+from umer1.training.stragglers import straggler_report
+from umer1.training.watch import Watch
 
 
 class Trainer:
@@ -35,6 +38,7 @@ class Trainer:
     """
 
     algorithm: str  # "sft" or "grpo", kept in the checkpoint
+    own_phases: tuple[str, ...]  # whose times are compared between ranks: a rank's own work, before it waits for others
 
     def __init__(
         self,
@@ -51,6 +55,20 @@ class Trainer:
         self.checkpointer = Checkpointer(config.checkpoint, state, assets=directory, algorithm=self.algorithm)
         self.iteration, self.skipped, self.skipped_in_a_row, self.nan = 0, 0, 0, 0
         self.logger: MetricsLogger | None = None
+        hang_seconds = config.watch.hang_seconds(config.parallel.distributed_timeout_minutes)
+        self.watch = Watch(config.watch, hang_seconds, config.checkpoint.save, state, self.own_phases)
+        self.watch.attach(models)
+        source.waiting = self.watch.waits
+        self.losses = LossWatch(config.watch.loss_spike_deviations)
+
+    def fit(self) -> None:
+        """Train to `train_iters`, save, export; leave early on SIGTERM or SIGUSR1.  Watched (docs/watching.md)."""
+        with self.watch:
+            self.loop()
+
+    def loop(self) -> None:
+        """A stage's own: steps until the run is finished or told to leave."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ state and record
 
@@ -102,14 +120,43 @@ class Trainer:
             "batches": self.source.state_dict(),
             **self.own_state(),
         }
-        with self.settled():
+        with self.watch.phase("saving a checkpoint"), self.settled():
             self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra)
 
     def agree_on_signal(self, signals: SignalWatch) -> int:
         """The signal that any rank has received, 0 for none."""
-        number = torch.tensor([signals.received], device=self.state.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+        with self.watch.phase("waiting for all ranks after a step"):
+            number = torch.tensor([signals.received], device=self.state.device)
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+            return int(number)
+
+    def note_offending(self, loss: float, grad_norm: float) -> None:
+        """List the samples of a step that is not finite or a spike: each source of data its own share, so that no rank
+        has to wait for another.  The step itself goes on as it would."""
+        drawn, save = self.source.take_drawn(), self.config.checkpoint.save
+        cause = self.losses.judge(loss, grad_norm)
+        if cause is None:
+            return
+        if cause.endswith("spike"):
+            self.say(
+                f"iteration {self.iteration}: {cause.replace('_', ' ')} (loss {loss:.4g}, grad norm {grad_norm:.4g})"
+            )
+        if save and self.source.is_source:
+            dataset = self.source.loader.maker.dataset
+            samples = [
+                {"slot": slot, "index": index, "dataset": dataset.dataset_name(index)}
+                for slots, indices in drawn
+                for slot, index in zip(slots.tolist(), indices.tolist(), strict=True)
+            ]
+            numbers = {"iteration": self.iteration, "cause": cause, "loss": loss, "grad_norm": grad_norm}
+            list_samples(
+                Path(save) / "offending_samples.jsonl", {**numbers, "rank": self.state.rank, "samples": samples}
+            )
+
+    def stragglers(self) -> dict[str, float]:
+        """The slowest rank since the last call, by phase; collective."""
+        with self.watch.phase("comparing times"):
+            return straggler_report(self.watch.take_own(), self.state)
 
     def note_skip(self, moved: bool, finite: bool, grad_norm: float) -> None:
         """Count a skipped step; several in a row stop the run, with the last good weights saved."""
@@ -131,6 +178,11 @@ class Trainer:
     @property
     def finished(self) -> bool:
         return self.iteration >= self.config.optimizer.train_iters
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether the step that was just done ends a log interval."""
+        return self.iteration % self.config.logging.log_interval == 0 or self.finished
 
     def progress(self, seconds: float, steps: int) -> dict[str, Any]:
         """What every record says: where the run stands and how fast it is; `seconds` for the last `steps` steps."""
@@ -204,7 +256,7 @@ class Trainer:
         """Export, plot, and say what comes next."""
         where, save = self.config.model.export_hf, self.config.checkpoint.save
         if where:
-            with self.settled():
+            with self.watch.phase("exporting"), self.settled():
                 models, documents = [unwrap(model) for model in self.models], self.documents(where)
                 save_hf(models, self.directory, where, self.state, documents=documents)
         if self.state.rank == 0:

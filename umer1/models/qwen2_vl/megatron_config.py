@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from umer1.distributed.parallel import ParallelConfig
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 
 
@@ -23,8 +24,10 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": gelu_tanh, "silu": F.silu}
 
 
-def decoder_config(config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """megatron's configuration of the decoder."""
+def decoder_config(
+    config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch.dtype, fp8: FP8Config | None = None
+) -> TransformerConfig:
+    """megatron's configuration of the decoder; the one of the two transformers that FP8 is for."""
     first, last = parallel.decoder_first_pipeline_num_layers, parallel.decoder_last_pipeline_num_layers
     virtual = parallel.virtual_pipeline_size(config.num_layers)
     return TransformerConfig(
@@ -54,6 +57,7 @@ def decoder_config(config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         **_common(parallel, dtype),
+        **(fp8.transformer_settings() if fp8 else {}),
     )
 
 

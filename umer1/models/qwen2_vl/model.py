@@ -21,6 +21,7 @@ from umer1.distributed.parallel import ParallelConfig, ParallelState
 from umer1.errors import ConfigError
 from umer1.models.attention import KVCache, PackedSequences, SDPAPlan, packed_sequences
 from umer1.models.backend import CoreAttentionName, block_submodules, uses_te_attention
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.head import VocabularyHead
 from umer1.models.qwen2_vl.megatron_config import decoder_config, vision_config
@@ -42,8 +43,9 @@ class Qwen2VL(LanguageModule):
         params_dtype: torch.dtype,
         core_attention: CoreAttentionName = "auto",
         vp_stage: int | None = None,
+        fp8: FP8Config | None = None,
     ):
-        config = decoder_config(model_config, parallel, params_dtype)
+        config = decoder_config(model_config, parallel, params_dtype, fp8)
         super().__init__(config, pg_collection=state.groups)
         self.model_type = ModelType.encoder_or_decoder  # asked for by the schedules
         self.model_config = model_config
@@ -282,6 +284,7 @@ def build_model(
     *,
     params_dtype: torch.dtype,
     core_attention: CoreAttentionName = "auto",
+    fp8: FP8Config | None = None,
 ) -> list[Qwen2VL]:
     """This process's pipeline stages, one per virtual stage, in order; not wrapped in DDP, weights zero until loaded.
 
@@ -303,6 +306,7 @@ def build_model(
             params_dtype=params_dtype,
             core_attention=core_attention,
             vp_stage=stage,
+            fp8=fp8,
         )
         for stage in stages
     ]

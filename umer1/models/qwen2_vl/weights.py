@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
+from umer1.models.fp8 import fill
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import MAX_SHARD_BYTES, DirectoryWriter, destination_problem
@@ -50,7 +51,7 @@ def load_hf(models: list[torch.nn.Module], directory: HFDirectory, parallel: Par
                 value = reader.read(row, parameter.shape[0])
                 if value.shape != parameter.shape:
                     raise AssertionError(f"{row.name}: {tuple(value.shape)} read for {tuple(parameter.shape)}")
-                parameter.copy_(value)
+                fill(parameter, value)
     if by_name:
         raise AssertionError(f"parameters without a row in the weight table: {sorted(by_name)}")
 

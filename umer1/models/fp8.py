@@ -1,0 +1,147 @@
+"""FP8 arithmetic of the decoder's linear layers: its settings, what they ask of the machine, what megatron is told.
+
+Transformer Engine multiplies; the ViT, the merger, embeddings, heads and losses stay in bf16 or fp32.  See
+docs/fp8.md for what has been run and what has not.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.enums import Fp8Recipe
+from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.core.utils import get_te_version, is_te_min_version
+
+from umer1 import device
+
+# The CUDA compute capability that each recipe's kernels begin with.
+CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# The Transformer Engine that megatron-core 0.16.1 takes each recipe from (megatron.core.fp8_utils.get_fp8_recipe), and
+# the one that its distributed optimizer casts fp32 to FP8 weights with.
+VERSIONS = {"tensorwise": "2.2.0", "delayed": "1.0.0", "blockwise": "2.3.0", "mxfp8": "2.1.0"}
+PARAM_GATHER_VERSION = "2.2.0"
+FORMATS = ("hybrid", "e4m3")
+AMAX_ALGORITHMS = ("most_recent", "max")
+
+
+@dataclass(kw_only=True, slots=True)
+class FP8Config:
+    """FP8 products in the decoder's linear layers"""
+
+    fp8_format: str | None = None
+    """hybrid (e4m3, gradients of outputs in e5m2) or e4m3; unset: no FP8."""
+    fp8_recipe: str = "tensorwise"
+    """tensorwise: one scale a tensor (Ada, Hopper); delayed: the same, from earlier steps' largest values; blockwise
+    (Hopper) and mxfp8 (Blackwell): one a block."""
+    fp8_amax_history_len: int = 1
+    """How many passes delayed scaling remembers the largest value of."""
+    fp8_amax_compute_algo: str = "most_recent"
+    """Which of them delayed scaling takes: most_recent or max."""
+    fp8_param_gather: bool = False
+    """Keep the decoder's matrices in FP8, and gather them so from the distributed optimizer; for measurements: such a
+    run cannot be saved or exported."""
+    first_last_layers_bf16: bool = False
+    """Keep layers at both ends of the decoder in bf16."""
+    num_layers_at_start_in_bf16: int = 1
+    """How many at the start, with first_last_layers_bf16."""
+    num_layers_at_end_in_bf16: int = 1
+    """How many at the end, with first_last_layers_bf16."""
+
+    def violations(self) -> list[str]:
+        """Every broken rule that needs no machine."""
+        found = []
+        if self.fp8_format is None:
+            return [
+                f"{name} means nothing without fp8_format"
+                for name in ("first_last_layers_bf16", "fp8_param_gather")
+                if getattr(self, name)
+            ]
+        if self.fp8_format not in FORMATS:
+            found.append(f"fp8_format={self.fp8_format!r} is not legal; use {' or '.join(FORMATS)}")
+        if self.fp8_recipe not in CAPABILITIES:
+            found.append(f"fp8_recipe={self.fp8_recipe!r} is not legal; use {', '.join(CAPABILITIES)}")
+        if self.fp8_amax_compute_algo not in AMAX_ALGORITHMS:
+            legal = " or ".join(AMAX_ALGORITHMS)
+            found.append(f"fp8_amax_compute_algo={self.fp8_amax_compute_algo!r} is not legal; use {legal}")
+        if self.fp8_amax_history_len < 1:
+            found.append(f"fp8_amax_history_len={self.fp8_amax_history_len} must be 1 or above")
+        if self.fp8_recipe == "delayed" and self.first_last_layers_bf16:
+            found.append("fp8_recipe=delayed updates all layers' scales together; leave first_last_layers_bf16 unset")
+        if self.fp8_recipe == "mxfp8" and self.fp8_param_gather:
+            found.append("fp8_param_gather does not go with fp8_recipe=mxfp8; use delayed, tensorwise or blockwise")
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must be 0 or above")
+        return found
+
+    def machine_violations(self) -> list[str]:
+        """What this process's machine lacks; all of it at once."""
+        if self.fp8_format is None:
+            return []
+        if not device.has_cuda():
+            return ["fp8_format needs a CUDA device; this process has none"]
+        found = []
+        if not device.has_te():
+            found.append("fp8_format needs the package transformer_engine")
+        elif not is_te_min_version(self._least_version()):
+            found.append(
+                f"fp8_recipe={self.fp8_recipe}{' with fp8_param_gather' if self.fp8_param_gather else ''} needs "
+                f"transformer_engine {self._least_version()} or above; installed is {get_te_version()}"
+            )
+        least, own = CAPABILITIES.get(self.fp8_recipe), torch.cuda.get_device_capability()
+        if least is not None and own < least:
+            found.append(
+                f"fp8_recipe={self.fp8_recipe} needs compute capability {least[0]}.{least[1]}; this device has "
+                f"{own[0]}.{own[1]}"
+            )
+        return found
+
+    def _least_version(self) -> str:
+        versions = [VERSIONS[self.fp8_recipe]] + ([PARAM_GATHER_VERSION] if self.fp8_param_gather else [])
+        return max(versions, key=lambda version: [int(part) for part in version.split(".")])
+
+    def layer_violations(self, num_layers: int, pipeline_stages: int) -> list[str]:
+        """Broken rules between the layers kept in bf16 and the decoder's depth; megatron's limit is a stage."""
+        if self.fp8_format is None or not self.first_last_layers_bf16:
+            return []
+        most = num_layers // pipeline_stages
+        return [
+            f"{name}={getattr(self, name)} must be at most {most}, the layers of one pipeline stage"
+            for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+            if getattr(self, name) > most
+        ]
+
+    def token_multiple(self, sequence_parallel_ranks: int) -> int:
+        """What a micro-batch's token count must be a multiple of, on ranks that each hold an equal part of it."""
+        if self.fp8_format is None:
+            return sequence_parallel_ranks
+        return get_fp8_align_size(Fp8Recipe(self.fp8_recipe)) * sequence_parallel_ranks
+
+    def transformer_settings(self) -> dict[str, Any]:
+        """Arguments of megatron's TransformerConfig; none without FP8."""
+        if self.fp8_format is None:
+            return {}
+        return dict(
+            fp8=self.fp8_format,
+            fp8_recipe=self.fp8_recipe,
+            fp8_param=self.fp8_param_gather,
+            fp8_amax_history_len=self.fp8_amax_history_len,
+            fp8_amax_compute_algo=self.fp8_amax_compute_algo,
+            # Data-parallel ranks may have different numbers of micro-batches, so largest values cannot be reduced over
+            # them at each: ranks would wait for each other for ever.  Tensor-parallel ranks share their micro-batches.
+            tp_only_amax_red=True,
+            first_last_layers_bf16=self.first_last_layers_bf16,
+            num_layers_at_start_in_bf16=self.num_layers_at_start_in_bf16,
+            num_layers_at_end_in_bf16=self.num_layers_at_end_in_bf16,
+        )
+
+
+def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a weight; of one in FP8 also the unrounded values that the optimizer's fp32 weights start from.
+
+    Transformer Engine keeps those of a weight's initialisation, here zeros, until the optimizer has taken them.
+    """
+    parameter.copy_(value)
+    unrounded = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if unrounded is not None:
+        unrounded.copy_(value)

@@ -1,0 +1,54 @@
+"""Delayed scaling's memory: what Transformer Engine's modules know of largest values, kept over a pass without a graph.
+
+Under delayed scaling a module's `fp8_meta["scaling_fwd"]` and `["scaling_bwd"]` hold `amax_history` [length, tensors]
+and `scale` [tensors].  A forward pass writes its largest values into row 0 of the history; leaving the autocast region
+with gradients switched on turns histories into scales and moves them on by a row.  A pass without gradients does only
+the first half, so that its values would count in the next scale although no gradient came of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_DIRECTIONS = ("scaling_fwd", "scaling_bwd")
+
+
+@contextmanager
+def amax_kept(models: list[torch.nn.Module]) -> Iterator[None]:
+    """Leave histories and scales as they were, and nothing behind for a recomputation that will not come.
+
+    Tensors are written in place: Transformer Engine's table for its reductions holds the same ones.  A module's first
+    pass makes them; after it they are as new, largest values 0 and scales 1.  For every other recipe, and without
+    Transformer Engine, there is nothing to keep.
+    """
+    modules = [module for model in models for module in model.modules() if hasattr(module, "fp8_meta")]
+    before = [{key: [t.clone() for t in tensors] for key, tensors in _delayed(module)} for module in modules]
+    training = [module.training for module in modules]
+    # Not `eval()`, whose recursion is not wanted.  A module in training puts a copy of its history aside for each layer
+    # that is to be recomputed; without a backward pass nobody takes it away, and the next one would get it.
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, training, strict=True):
+            module.training = was_training
+    with torch.no_grad():
+        for module, kept in zip(modules, before, strict=True):
+            for key, (history, scale) in _delayed(module):
+                if key in kept:
+                    history.copy_(kept[key][0])
+                    scale.copy_(kept[key][1])
+                else:
+                    history.zero_()
+                    scale.fill_(1.0)
+
+
+def _delayed(module: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """(direction, (history, scale)) of a module with delayed scaling; other recipes' states have no history."""
+    for key in _DIRECTIONS:
+        state = module.fp8_meta.get(key)
+        if hasattr(state, "amax_history"):
+            yield key, (state.amax_history, state.scale)
