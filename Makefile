@@ -1,11 +1,12 @@
 # make quickstart   set up, train the embedded default, score it        make test   set up and run the tests
 # make perf         benchmarks of the operations, tables in perf/       make gpu-check   tests and benchmarks on a GPU
+# make chaos        kill, stall and starve real runs, table in docs/reliability.md
 PYTHON ?= python3
 NPROC ?= 2
 BIN = .venv/bin
 TESTS = -m "not thorough"
 
-.PHONY: quickstart test test-thorough lint setup perf gpu-check
+.PHONY: quickstart test test-thorough lint setup perf chaos gpu-check
 setup: .venv/ready
 
 .venv/ready: requirements/cpu.txt requirements/cuda.txt requirements/rollout-cpu.txt pyproject.toml setup.py requirements/install.sh $(wildcard csrc/*)
@@ -27,6 +28,9 @@ lint: setup
 perf: setup
 	$(BIN)/python -m pytest -q -p no:cacheprovider perf/bench_*.py
 	$(BIN)/python perf/table.py
+
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py
 
 # Needs no network and no `make setup`: without a .venv it takes $(PYTHON) and what that has.
 gpu-check:

@@ -9,46 +9,24 @@ import time
 import uuid
 from pathlib import Path
 
-from test_kill_and_resume import is_running
-
 TESTS = Path(__file__).resolve().parent
 LETTERS = "[{name: 'toy_rewards:letters', weight: 1.0}]"
 MARK = "UMER1_TEST_RUN"  # inherited by all processes of a run
 START_SECONDS = 120  # of a program, on a busy machine
 
 
-class Run:
-    """The program in a session of its own; its output goes to folder/log-N.txt."""
+class Program:
+    """A training program in a session of its own; its output goes to folder/log-N.txt."""
 
-    def __init__(self, setting, folder: Path, *flags: str, processes: int = 1, program: tuple[str, ...] = ()):
-        model, data = setting
-        command = [sys.executable]
+    def __init__(self, command: list[str], folder: Path, *, processes: int = 1, under: tuple[str, ...] = ()):
+        """command: the script and its flags, without the interpreter; `processes` above 1 run under torchrun.
+
+        under: words before it all, a tracer's for example.
+        """
+        start = [*under, sys.executable]
         if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += program or (str(TESTS.parent / "examples" / "grpo.py"),)
-        given = {
-            "--fp32": "",
-            "--hf-model": str(model),
-            "--load": "none",
-            "--data-path": str(data),
-            "--data-root": str(data.parent),
-            "--save": str(folder / "run"),
-            "--export-hf": str(folder / "hf"),
-            "--rewards": LETTERS,
-            "--rollout-engine": "torch",
-            "--global-batch-size": "4",
-            "--num-generations": "2",
-            "--micro-batch-size": "8",
-            "--seq-length": "512",
-            "--max-completion-length": "24",
-            "--data-block-size": "4",
-            "--lr": "1e-3",
-            "--save-interval": "2",
-            "--log-rollouts": "1",
-        }
-        given |= dict(zip(flags[::2], flags[1::2], strict=True))
-        # a value of None leaves the flag out, "" is a flag without a value
-        command += [word for name, value in given.items() if value is not None for word in (name, value) if word]
+            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        self.script = command[0].encode()
         self.mark = uuid.uuid4().hex
         environment = {
             MARK: self.mark,
@@ -61,7 +39,12 @@ class Run:
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}.txt"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+                start + command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
             )
 
     @property
@@ -84,13 +67,16 @@ class Run:
     def wait_for(self, words: str, count: int = 1, seconds: float = START_SECONDS) -> None:
         assert self.wait_until(lambda: self.output.count(words) >= count, seconds, pause=0.01), self.output[-4000:]
 
-    def finish(self, status: int = 0, seconds: float = 240) -> str:
-        """The output, once the program has ended by itself."""
+    def wait_to_end(self, seconds: float) -> None:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"still running after {seconds:g} s:\n{self.output[-4000:]}") from None
+
+    def finish(self, status: int = 0, seconds: float = 240) -> str:
+        """The output, once the program has ended by itself."""
+        self.wait_to_end(seconds)
         assert self.process.returncode == status, f"status {self.process.returncode}:\n{self.output[-6000:]}"
         return self.output
 
@@ -106,11 +92,16 @@ class Run:
     def ranks(self) -> list[int]:
         """The trainer's processes under torchrun, by rank."""
         found = {}
-        for pid in self.members():
+        for pid in children(self.process.pid):
             rank = [entry for entry in process_file(pid, "environ") if entry.startswith(b"RANK=")]
-            if rank and any(b"grpo.py" in word for word in process_file(pid, "cmdline")):
+            if rank and self.script in process_file(pid, "cmdline"):
                 found[int(rank[0][5:])] = pid
         return [found[rank] for rank in sorted(found)]
+
+    def workers(self) -> list[int]:
+        """Processes that read data, of all ranks: forks of theirs."""
+        pids = [pid for rank in self.ranks() for pid in children(rank)]
+        return [pid for pid in pids if self.script in process_file(pid, "cmdline")]
 
     def engines(self) -> list[int]:
         """The vLLM processes."""
@@ -122,6 +113,38 @@ class Run:
         while (alive := self.members()) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not alive, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive]
+
+
+class Run(Program):
+    """examples/grpo.py, or a `program` that stands in for it, on small settings."""
+
+    def __init__(self, setting, folder: Path, *flags: str, processes: int = 1, program: tuple[str, ...] = ()):
+        model, data = setting
+        given = {
+            "--fp32": "",
+            "--hf-model": str(model),
+            "--load": "none",
+            "--data-path": str(data),
+            "--data-root": str(data.parent),
+            "--save": str(folder / "run"),
+            "--export-hf": str(folder / "hf"),
+            "--rewards": LETTERS,
+            "--rollout-engine": "torch",
+            "--global-batch-size": "4",
+            "--num-generations": "2",
+            "--micro-batch-size": "8",
+            "--seq-length": "512",
+            "--max-completion-length": "24",
+            "--data-block-size": "4",
+            "--lr": "1e-3",
+            "--save-interval": "2",
+            "--log-rollouts": "1",
+        }
+        given |= dict(zip(flags[::2], flags[1::2], strict=True))
+        # a value of None leaves the flag out, "" is a flag without a value
+        words = [word for name, value in given.items() if value is not None for word in (name, value) if word]
+        program = program or (str(TESTS.parent / "examples" / "grpo.py"),)
+        super().__init__([*program, *words], folder, processes=processes)
 
 
 def slow(folder: Path, seconds: str = "0") -> dict:
@@ -138,6 +161,23 @@ def process_file(pid: int, name: str) -> list[bytes]:
         return Path(f"/proc/{pid}/{name}").read_bytes().split(b"\0")
     except OSError:
         return []
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie that its new parent has yet to collect."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    """Processes that it started and that live; [] for one that has gone."""
+    try:
+        found = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return []
+    return [int(word) for words in found for word in words if is_running(int(word))]
 
 
 def marked(mark: str) -> list[int]:

@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"errors", "files", "atomic_directory", "configuration", "device", "progress", "__version__"}
+BASE = {"errors", "files", "atomic_directory", "configuration", "device", "progress", "processes", "__version__"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -13,6 +13,7 @@ ALLOWED = {
     "configuration": {"errors"},
     "device": set(),
     "progress": set(),
+    "processes": set(),
     "testing": set(),
     "distributed": BASE,
     "ops": {"errors", "device"},
@@ -28,7 +29,10 @@ ALLOWED = {
     "training": BASE | {"ops", "distributed", "models", "checkpoints", "data", "losses", "rl", "evaluation", "sharing"},
     "annotation": BASE | {"distributed", "models", "checkpoints", "data", "inference", "rl", "evaluation"},
     "plan": BASE | {"ops", "distributed", "models", "data", "rl", "training"},
+    "doctor": {"errors"},
+    "report": BASE,
     "conversion": BASE | {"distributed", "models", "checkpoints", "training", "sharing"},
+    "checkpoint_command": BASE | {"checkpoints", "conversion"},
     "cli": {"errors"},
 }
 # Packages that one folder alone may import.
