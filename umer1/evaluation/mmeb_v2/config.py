@@ -6,7 +6,7 @@ from typing import Literal
 from umer1.evaluation.adaptive import AdaptiveRule
 from umer1.inference.engine import EngineConfig
 from umer1.inference.generate import GenerationConfig
-from umer1.rl.engines.vllm_assets import INSTALL, has_vllm
+from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 
 Mode = Literal["disc", "gen"]
 
@@ -115,7 +115,7 @@ class MMEBCommand:
     def _vllm_violations(self) -> list[str]:
         if self.eval.engine != "vllm" or not self.eval.generates:
             return []
-        found = [] if has_vllm() else [f"engine=vllm: vLLM is not installed: {INSTALL}; or use --engine torch"]
+        found = [] if has_vllm() else [f"engine=vllm: vLLM is not installed: {how_to_install()}; or use --engine torch"]
         if self.generation.top_p != 1.0:
             found.append(f"top_p={self.generation.top_p} must be 1 with engine=vllm; or use --engine torch")
         if self.engine.tensor_model_parallel_size * self.engine.pipeline_model_parallel_size > 1:

@@ -1,6 +1,5 @@
 """The directory that vLLM is built on: config, tokenizer, and preprocessors that only cut and normalise."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,6 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
 
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on the CPU
-INSTALL = "pip install '.[rollout-cpu]' (without a GPU) or '.[rollout]'"
-
-
-def has_vllm() -> bool:
-    """Whether vLLM is installed; only its own process imports it."""
-    return importlib.util.find_spec("vllm") is not None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

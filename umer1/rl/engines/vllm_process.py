@@ -5,11 +5,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import IO
 
 from umer1 import device, processes
+from umer1.rl.engines.vllm_install import vllm_python
 
 _SITE = Path(__file__).parent / "child_site"
 # What a launcher told this rank about its own process group is none of the engine's business.
@@ -59,7 +59,7 @@ def engine_environment(cuda_devices: list[int] | None = None) -> dict[str, str]:
 
 def server_command(mode: str, connection: socket.socket, *arguments: str) -> list[str]:
     """The command line of vllm_server on an inherited socket."""
-    command = [sys.executable, "-m", "umer1.rl.engines.vllm_server", mode, str(connection.fileno()), str(os.getpid())]
+    command = [vllm_python(), "-m", "umer1.rl.engines.vllm_server", mode, str(connection.fileno()), str(os.getpid())]
     return [*command, *arguments]
 
 
