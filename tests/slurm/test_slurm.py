@@ -1,4 +1,7 @@
-"""examples/slurm under a real Slurm: two tasks, preemption, the time limit, and what a failure does to dependents."""
+"""examples/slurm under a real Slurm: two tasks, preemption, the time limit, and what a failure does to dependents.
+
+Except for GRPO's, each job trains the embedded default, the tiny base on mini-MMEB, by two tasks.
+"""
 
 import shutil
 import sys
@@ -10,9 +13,9 @@ import torch
 from grpo_world import Setting as GRPOSetting
 from grpo_world import records
 from safetensors.torch import load_file
-from sft_reference import write_pairs
 from slurm_cluster import cluster, missing
-from tiny_qwen2_vl import make_tiny_directory
+
+from umer1.data.mini_mmeb import make_mini_mmeb
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 60
@@ -27,20 +30,19 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("setting")
-    return make_tiny_directory(folder / "model", layers=2), write_pairs(folder / "data", count=24)
+def mini(tmp_path_factory):
+    """mini-MMEB, drawn once for all jobs."""
+    return make_mini_mmeb(tmp_path_factory.mktemp("mini") / "data")
 
 
-def submit(slurm, setting, folder: Path, *flags: str, options: tuple[str, ...] = ()) -> str:
+def submit(slurm, mini, folder: Path, *flags: str, options: tuple[str, ...] = ()) -> str:
     """SFT by two tasks on one node, in a folder of its own that looks like the repository's."""
-    model, data = setting
-    folder.mkdir()
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "mini-mmeb").symlink_to(mini)
     shutil.copytree(ROOT / "examples", folder / "examples")
     arguments = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=0", *options, "examples/slurm/sft.sbatch"]
-    arguments += ["--hf-model", str(model), "--data-path", str(data), "--data-root", str(data.parent), "--fp32"]
     arguments += "--save run --save-interval 1000 --export-hf hf --global-batch-size 4 --micro-batch-size 2".split()
-    arguments += f"--train-iters {ITERATIONS} --lr 1e-3 --lr-warmup-iters 4 --data-block-size 4".split()
+    arguments += f"--train-iters {ITERATIONS} --lr-warmup-iters 4 --data-block-size 4 --log-interval 5".split()
     return slurm.submit(*arguments, *flags, cwd=folder, PYTHON=sys.executable, PYTHONUNBUFFERED="1")
 
 
@@ -58,9 +60,9 @@ def wait_for(folder: Path, job: str, words: str, seconds: float = 120) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm, setting, tmp_path_factory):
+def undisturbed(slurm, mini, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "job"
-    job = submit(slurm, setting, folder)
+    job = submit(slurm, mini, folder)
     assert slurm.wait(job) == "COMPLETED", log(folder, job)
     return folder
 
@@ -75,12 +77,12 @@ def assert_identical(got: Path, want: Path) -> None:
 def test_two_tasks_train_together(undisturbed):
     text = log(undisturbed, "*") + "".join(path.read_text() for path in undisturbed.glob("slurm-*.out"))
     assert "training ended with status 0" in text
-    assert "DP 2" in text, text
+    assert "DP 2" in text and "mini-MMEB" in text, text
 
 
-def test_a_preempted_job_saves_requeues_and_ends_with_the_same_weights(slurm, setting, undisturbed, tmp_path):
+def test_a_preempted_job_saves_requeues_and_ends_with_the_same_weights(slurm, mini, undisturbed, tmp_path):
     folder = tmp_path / "job"
-    job = submit(slurm, setting, folder)
+    job = submit(slurm, mini, folder)
     wait_for(folder, job, "iteration       10/")
     other = slurm.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", cwd=tmp_path)
     assert slurm.wait(other) == "COMPLETED"
@@ -93,9 +95,9 @@ def test_a_preempted_job_saves_requeues_and_ends_with_the_same_weights(slurm, se
     assert_identical(folder, undisturbed)
 
 
-def test_a_job_near_its_time_limit_saves_and_requeues_itself(slurm, setting, undisturbed, tmp_path):
+def test_a_job_near_its_time_limit_saves_and_requeues_itself(slurm, mini, undisturbed, tmp_path):
     folder = tmp_path / "job"
-    job = submit(slurm, setting, folder)
+    job = submit(slurm, mini, folder)
     wait_for(folder, job, "iteration       10/")
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@... does before the limit
     slurm.hurry(job)
@@ -107,9 +109,9 @@ def test_a_job_near_its_time_limit_saves_and_requeues_itself(slurm, setting, und
     assert_identical(folder, undisturbed)
 
 
-def test_a_cancelled_job_saves_and_stays_out(slurm, setting, tmp_path):
+def test_a_cancelled_job_saves_and_stays_out(slurm, mini, tmp_path):
     folder = tmp_path / "job"
-    job = submit(slurm, setting, folder)
+    job = submit(slurm, mini, folder)
     wait_for(folder, job, "iteration       10/")
     slurm.run("scancel", job)
     assert slurm.wait(job) == "CANCELLED"
@@ -120,9 +122,9 @@ def test_a_cancelled_job_saves_and_stays_out(slurm, setting, tmp_path):
     assert slurm.state(job) == "CANCELLED"
 
 
-def test_a_failure_ends_the_job_and_its_dependents_wait_in_vain(slurm, setting, tmp_path):
+def test_a_failure_ends_the_job_and_its_dependents_wait_in_vain(slurm, mini, tmp_path):
     folder = tmp_path / "job"
-    job = submit(slurm, setting, folder, "--global-batch-size", "5")
+    job = submit(slurm, mini, folder, "--global-batch-size", "5")
     after = slurm.submit(f"--dependency=afterok:{job}", "--wrap=true", "--kill-on-invalid-dep=yes", cwd=tmp_path)
     assert slurm.wait(job) == "FAILED"
     assert "global_batch_size=5 is not a multiple of the 2 data-parallel ranks" in log(folder, job)
