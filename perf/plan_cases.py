@@ -14,11 +14,12 @@ from umer1.data.schema import EncodedPair, PackedBatch
 from umer1.distributed.parallel import ParallelConfig, ParallelState, init_distributed
 from umer1.losses.contrastive import LossConfig
 from umer1.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
+from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.hardware import HARDWARE
 from umer1.plan.setup import Setup
 from umer1.plan.sft_memory import sft_memory
 from umer1.plan.timeline import Timeline
-from umer1.training.batches import emptied
+from umer1.training.batches import divided, emptied
 from umer1.training.build import ModelConfig, build_training_model
 from umer1.training.config import SFTConfig
 from umer1.training.optimizer import OptimizerConfig
@@ -86,13 +87,17 @@ def made_pairs(case: Case, dp_rank: int, count: int) -> list[EncodedPair]:
 
 
 def packed(case: Case, pairs: list[EncodedPair], state: ParallelState) -> list[PackedBatch]:
-    """As BatchSource gives them: padded for sequence parallelism, pixels on the first stage alone."""
+    """As BatchSource gives them: padded for sequence parallelism, pixels on the first stage, of a rank's share."""
     padding = state.tp_size if case.parallel.get("sequence_parallel") else 1
     size = case.micro_batch
     batches = [pack(pairs[start : start + size], padding) for start in range(0, len(pairs), size)]
     if not state.is_first_stage:
         for batch in batches:
             batch.pixel_values = emptied(batch.pixel_values)
+    elif state.vision_data_parallel:
+        for batch in batches:
+            frames = Frames.of(batch.grid_thw, case.model.vision, *divided(state))
+            batch.pixel_values = frames.own(batch.pixel_values)
     return batches
 
 

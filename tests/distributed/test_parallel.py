@@ -31,6 +31,11 @@ MODEL = Qwen2VLConfig(
         (dict(tensor_model_parallel_size=0), 1, "tensor_model_parallel_size=0 must be at least 1"),
         (dict(tensor_model_parallel_size=2), 3, "must divide the number of processes, 3; start 2 processes"),
         (dict(tensor_model_parallel_size=4), 4, "=4 does not divide num_key_value_heads=2; use 1 or 2"),
+        (
+            dict(tensor_model_parallel_size=32, vision_data_parallel=False),
+            32,
+            "=32 does not divide num_attention_heads=12, num_key_value_heads=2, vision num_heads=16; use 1 or 2",
+        ),
         (dict(sequence_parallel=True), 1, "sequence_parallel needs tensor_model_parallel_size of 2 or more"),
         (dict(pipeline_model_parallel_size=3), 3, "does not divide the 28 layers; use 1 or 2 or 4 or 7 or 14 or 28"),
         (dict(decoder_first_pipeline_num_layers=9), 1, "needs pipeline_model_parallel_size of 2 or more"),

@@ -131,9 +131,17 @@ def hf_tensors(model: Qwen2VLForConditionalGeneration, *, grad: bool = False) ->
 
 
 def to_ours(
-    hf: dict[str, torch.Tensor], config: Qwen2VLConfig, *, tp_rank: int = 0, tp_size: int = 1
+    hf: dict[str, torch.Tensor],
+    config: Qwen2VLConfig,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    whole_vision: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Tensors under our full names (global layer numbers), this tensor-parallel rank's part of each."""
+    """Tensors under our full names (global layer numbers), this tensor-parallel rank's part of each.
+
+    whole_vision: the ViT and the merger are whole on each of these ranks.
+    """
 
     def column(x):
         return x.chunk(tp_size, 0)[tp_rank]
@@ -168,6 +176,8 @@ def to_ours(
         gate, up = hf[a + "mlp.gate_proj.weight"], hf[a + "mlp.up_proj.weight"]
         out[b + "mlp.linear_fc1.weight"] = torch.cat([column(gate), column(up)])
         out[b + "mlp.linear_fc2.weight"] = row(hf[a + "mlp.down_proj.weight"])
+    if whole_vision:
+        tp_rank, tp_size = 0, 1
     if tower + "patch_embed.proj.weight" in hf:
         out["vision.patch_embed.weight"] = hf[tower + "patch_embed.proj.weight"].flatten(1)
     for i in range(config.vision.depth if f"{tower}blocks.0.norm1.weight" in hf else 0):
@@ -198,9 +208,9 @@ def full_name(model, name: str) -> str:
 
 
 @torch.no_grad()
-def copy_weights(models: list, hf: dict[str, torch.Tensor], config: Qwen2VLConfig, tp_rank=0, tp_size=1) -> None:
-    """transformers' weights into our stages; every parameter must be found and fit."""
-    tensors = to_ours(hf, config, tp_rank=tp_rank, tp_size=tp_size)
+def copy_weights(models: list, hf: dict[str, torch.Tensor], config: Qwen2VLConfig, **cut) -> None:
+    """transformers' weights into our stages; every parameter must be found and fit.  cut: as `to_ours` has it."""
+    tensors = to_ours(hf, config, **cut)
     for model in models:
         for name, parameter in model.named_parameters():
             source = tensors[full_name(model, name)]

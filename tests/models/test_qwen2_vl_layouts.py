@@ -8,22 +8,32 @@ from functools import partial
 import pytest
 import qwen2_vl_reference as reference
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.models.qwen2_vl.model import build_model
 from umer1.testing import assert_close, run_distributed
+from umer1.training.build import finalize_gradients
 
-# Micro-batches as positions in reference.sequences; of different and odd lengths, on purpose.
-MICRO_BATCHES = [[0, 1], [2], [3, 4, 0], [1, 3]]
+# Micro-batches as positions in reference.sequences; of different and odd lengths, on purpose: one picture (which one of
+# two ranks sees), two, a video of three frames, none.
+MICRO_BATCHES = [[0, 1], [2], [3, 4, 0, 1], [4]]
 
 LAYOUTS = {
     2: {
         "dp": {},
         "dp_overlap": dict(overlap_grad_reduce=True),
         "tp": dict(tensor_model_parallel_size=2),
+        "tp_overlap": dict(tensor_model_parallel_size=2, overlap_grad_reduce=True),
+        "tp_vision_cut": dict(tensor_model_parallel_size=2, vision_data_parallel=False),
         "tp_sp": dict(tensor_model_parallel_size=2, sequence_parallel=True),
+        "tp_sp_vision_cut": dict(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            vision_data_parallel=False,
+            recompute_granularity="full",
+        ),
         "tp_sp_recompute": dict(tensor_model_parallel_size=2, sequence_parallel=True, recompute_granularity="full"),
         "pp": dict(pipeline_model_parallel_size=2),
         "pp_uneven": dict(pipeline_model_parallel_size=2, decoder_first_pipeline_num_layers=1),
@@ -87,12 +97,13 @@ def check_layout(name: str, settings: dict, expected: dict) -> None:
     parallel, config = ParallelConfig(**settings), reference.our_config(name)
     with init_distributed(parallel, seed=3) as state:
         models = build_model(config, parallel, state, params_dtype=torch.float32)
-        reference.copy_weights(models, expected["weights"], config, state.tp_rank, state.tp_size)
+        cut = dict(tp_rank=state.tp_rank, tp_size=state.tp_size, whole_vision=parallel.vision_data_parallel)
+        reference.copy_weights(models, expected["weights"], config, **cut)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=parallel.overlap_grad_reduce, bucket_size=5000
         )
         wrapped = [DistributedDataParallel(model.config, ddp, model) for model in models]
-        models[0].config.finalize_model_grads_func = finalize_model_grads
+        models[0].config.finalize_model_grads_func = finalize_gradients
         if parallel.overlap_grad_reduce:
             models[0].config.no_sync_func = wrapped[0].no_sync
         items = reference.sequences(config)
@@ -115,7 +126,7 @@ def check_layout(name: str, settings: dict, expected: dict) -> None:
         assert set(found) == ({number for number, _ in mine} if state.is_last_stage else set())
         for number, hidden in found.items():
             assert_close(f"hidden of micro-batch {number}", hidden, expected["hidden"][number], rtol=2e-5)
-        want = reference.to_ours(expected["gradients"], config, tp_rank=state.tp_rank, tp_size=state.tp_size)
+        want = reference.to_ours(expected["gradients"], config, **cut)
         for model in models:
             for key, parameter in model.named_parameters():
                 full = reference.full_name(model, key)

@@ -19,7 +19,7 @@ from umer1.distributed.parallel import ParallelConfig
 from umer1.plan.hardware import HARDWARE
 from umer1.plan.schedule import one_f_one_b
 from umer1.plan.settings import PlanConfig
-from umer1.plan.setup import Setup, batch_bytes
+from umer1.plan.setup import Setup, batch_bytes, num_patches
 from umer1.plan.steps import Steps
 from umer1.plan.timeline import Timeline
 from umer1.plan.workload import Side, imagine
@@ -88,7 +88,7 @@ def test_imagined_batch_has_the_shapes_of_a_real_one():
     for name in ("input_ids", "position_ids", "pixel_values", "disc_rows", "supervised_rows", "cu_seqlens"):
         assert getattr(made, name).shape == getattr(real, name).shape, name
     assert torch.equal(made.cu_seqlens, real.cu_seqlens) and made.num_real_tokens == real.num_real_tokens
-    assert batch_bytes(made, first_stage=True) == batch_bytes(real, first_stage=True)
+    assert batch_bytes(made, patches=num_patches(made)) == batch_bytes(real, patches=len(real.pixel_values))
     assert step_flops([made], case.model, False) == pytest.approx(step_flops([real], case.model, False), rel=1e-3)
 
 

@@ -89,7 +89,12 @@ VPP = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
 PLAIN = {"use_distributed_optimizer": False}
 LAYOUTS = {
     1: {"one process": {}},
-    2: {"tp2 sp": {**TP2, "sequence_parallel": True}, "pp2": PP2, "dp2": {}},
+    2: {
+        "tp2 sp": {**TP2, "sequence_parallel": True},
+        "tp2, ViT cut": {**TP2, "vision_data_parallel": False},
+        "pp2": PP2,
+        "dp2": {},
+    },
     4: {"tp2 pp2 interleaved": {**TP2, **VPP}, "dp4": {}, "tp2 dp2": TP2},
 }
 

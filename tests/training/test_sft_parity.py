@@ -27,6 +27,7 @@ LAYOUTS = {
     "dp2-mb1": (2, "--micro-batch-size 1"),
     "dp4-mb2": (4, "--micro-batch-size 2"),
     "tp2-mb8": (2, "--tensor-model-parallel-size 2 --micro-batch-size 8"),
+    "tp2-vision-cut": (2, "--tensor-model-parallel-size 2 --no-vision-data-parallel --micro-batch-size 4"),
     "tp2-sp-mb2": (2, "--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 2"),
     "pp2-mb8": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 8"),
     "pp2-mb2": (2, "--pipeline-model-parallel-size 2 --micro-batch-size 2"),

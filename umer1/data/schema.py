@@ -6,6 +6,8 @@ from typing import Self
 import numpy as np
 import torch
 
+from umer1.models.qwen2_vl.frames import VisionFeatures
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -107,7 +109,7 @@ class PackedBatch(Movable):
     position_ids: torch.Tensor  # int64 [3, T]
     cu_seqlens: torch.Tensor  # int32 [segments + 1]
     max_seqlen: int
-    pixel_values: torch.Tensor  # float32 [P, patch_dim]
+    pixel_values: torch.Tensor  # float32 [P, patch_dim]; of fewer rows where a rank sees a share of the pictures
     grid_thw: torch.Tensor  # int64 [V, 3]
     disc_rows: torch.Tensor  # int64 [S]: B queries, then B positives, then all negatives
     gen_rows: torch.Tensor  # int64 [S] in the same order; -1 where there is no response
@@ -118,4 +120,4 @@ class PackedBatch(Movable):
     supervised_labels: torch.Tensor  # int64 [R]
     supervised_sides: torch.Tensor  # int64 [R]: 0 query, 1 positive
     num_real_tokens: int  # T less padding
-    vision_features: torch.Tensor | None = field(default=None)  # [P, vision_dim], kept from the frozen ViT's one run
+    vision_features: VisionFeatures | None = field(default=None)  # kept from the frozen ViT's one run

@@ -1,5 +1,6 @@
 """How a run is laid out over processes: the settings, their rules, and the process groups."""
 
+import copy
 import math
 import os
 import random
@@ -28,7 +29,7 @@ class ParallelConfig:
     """How model and data are divided over processes."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer's weights; must divide attention heads, KV heads, FFN width and ViT heads."""
+    """Ranks that share each layer's weights; must divide attention heads, KV heads and FFN width."""
     pipeline_model_parallel_size: int = 1
     """Ranks that the decoder's layers are cut into, in order; the ViT lives on the first."""
     num_layers_per_virtual_pipeline_stage: int | None = None
@@ -41,6 +42,9 @@ class ParallelConfig:
     """Ranks that one sequence is cut over: not supported, 1 is the only legal value."""
     sequence_parallel: bool = False
     """Cut norms and residuals over the tensor-parallel ranks along the sequence; needs tensor parallelism."""
+    vision_data_parallel: bool = True
+    """Under tensor parallelism each rank has the whole ViT and merger and sees its share of a micro-batch's pictures
+    and frames; the features are gathered.  Off: the ViT's weights are cut, and each rank sees all pictures."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations computed again in the backward pass: full = whole layers, selective = attention alone."""
     recompute_method: Literal["uniform", "block"] | None = None
@@ -55,6 +59,11 @@ class ParallelConfig:
     """Gather updated weights while the next forward pass runs; needs use_distributed_optimizer, overlap_grad_reduce."""
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that some rank did not join ends the run."""
+
+    @property
+    def vision_tensor_parallel_size(self) -> int:
+        """Ranks that the ViT's and the merger's weights are cut over."""
+        return 1 if self.vision_data_parallel else self.tensor_model_parallel_size
 
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Virtual stages per pipeline rank for a decoder of `num_layers`; None without interleaving."""
@@ -113,10 +122,13 @@ class ParallelConfig:
             "num_attention_heads": model.num_attention_heads,
             "num_key_value_heads": model.num_query_groups,
             "intermediate_size": model.ffn_hidden_size,
-            "vision num_heads": model.vision.num_heads,
-            "vision FFN size": model.vision.ffn_hidden_size,
-            "vision merger width": model.vision.merged_dim,
         }
+        if not self.vision_data_parallel:
+            parts |= {
+                "vision num_heads": model.vision.num_heads,
+                "vision FFN size": model.vision.ffn_hidden_size,
+                "vision merger width": model.vision.merged_dim,
+            }
         wrong = [f"{name}={value}" for name, value in parts.items() if value % size]
         if not wrong:
             return []
@@ -193,9 +205,20 @@ class ParallelState:
     pp_rank: int
     dp_size: int
     dp_rank: int
+    vision_data_parallel: bool
+    """Whether tensor-parallel ranks have whole ViTs and divide pictures (ParallelConfig)."""
     device: torch.device
     groups: ProcessGroupCollection
     """megatron's groups: .tp, .pp, .dp, .embd (first and last stage), .mp and the others."""
+
+    @property
+    def vision_groups(self) -> ProcessGroupCollection:
+        """The groups that the ViT is built for: where it is whole on each rank, the rank alone is its group."""
+        if not self.vision_data_parallel:
+            return self.groups
+        groups = copy.copy(self.groups)
+        groups.tp = self.groups.cp  # contexts are never cut, so that this is a group of one
+        return groups
 
     @property
     def is_first_stage(self) -> bool:
@@ -247,7 +270,7 @@ def init_distributed(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Pa
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        yield _current_state()
+        yield _current_state(config)
     finally:
         parallel_state.destroy_model_parallel()
         if own_default and dist.is_initialized():
@@ -270,7 +293,7 @@ def _init_default_group(timeout: timedelta) -> None:
         )
 
 
-def _current_state() -> ParallelState:
+def _current_state(config: ParallelConfig) -> ParallelState:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelState(
         world_size=dist.get_world_size(),
@@ -281,6 +304,7 @@ def _current_state() -> ParallelState:
         pp_rank=groups.pp.rank(),
         dp_size=groups.dp.size(),
         dp_rank=groups.dp.rank(),
+        vision_data_parallel=config.vision_data_parallel and groups.tp.size() > 1,
         device=devices.device(),
         groups=groups,
     )

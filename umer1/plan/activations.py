@@ -85,8 +85,8 @@ def decoder_layer(
 def vision_layer(
     config: Qwen2VLConfig, parallel: ParallelConfig, grid_thw: torch.Tensor, *, itemsize: int, kernel: Kernel
 ) -> LayerBytes:
-    """Of the ViT, which is never sequence-parallel; grid_thw int64 [V, 3] is the micro-batch's."""
-    vision, tp, a = config.vision, parallel.tensor_model_parallel_size, itemsize
+    """Of the ViT, which is never sequence-parallel; grid_thw int64 [V, 3] of the pictures that a rank sees."""
+    vision, tp, a = config.vision, parallel.vision_tensor_parallel_size, itemsize
     frames = [height * width for times, height, width in grid_thw.tolist() for _ in range(times)]
     bounds = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32)
     patches, e = int(bounds[-1]), vision.embed_dim

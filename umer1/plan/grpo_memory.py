@@ -4,6 +4,7 @@ states -> [rollouts by the engine] -> scoring -> reference in place -> update by
 """
 
 from umer1.data.schema import PackedBatch
+from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.passes import StagePasses
 from umer1.plan.schedule import one_f_one_b
 from umer1.plan.setup import Setup, batch_bytes, num_patches
@@ -16,13 +17,21 @@ class PolicyPasses(StagePasses):
 
     logprobs = True
 
+    def frames(self, batch: PackedBatch) -> Frames:
+        """All pictures on one rank: ranks that divide them take as many micro-batches' prompts together as they are,
+        and rollouts of one prompt need the features of one rank."""
+        return Frames.of(batch.grid_thw, self.setup.model.vision, 0, 1)
+
+    def kept_features(self, batch: PackedBatch) -> int:
+        return self.features(batch) // self.setup.vision_ranks
+
     def look(self, work: PolicyWork) -> None:
         if work.new is not None:
             self.see(work.new)
 
     def see(self, batch: PackedBatch) -> None:
         if self.first and num_patches(batch) and id(batch) not in self.vision_features:
-            pixels = batch.pixel_values.numel() * 4
+            pixels = self.patches(batch) * self.setup.model.vision.patch_dim * 4
             self.line.touch("the ViT's forward", vision=self.vision(batch).forward + 2 * self.features(batch) + pixels)
         super().see(batch)
 
@@ -59,7 +68,7 @@ def grpo_memory(setup: Setup, stage: int, works: list[PolicyWork], dp_rank: int 
     passes = PolicyPasses(setup, stage, line, kinds=0, cross_entropy=True)
     batches = [work.batch for work in works]
     for batch in batches:
-        line.hold("batch", batch_bytes(batch, first_stage=False), "scoring")
+        line.hold("batch", batch_bytes(batch, patches=0), "scoring")
     tokens, rollouts = sum(len(batch.supervised_rows) for batch in batches), sum(len(b.disc_rows) for b in batches)
     line.hold("log-probs and embeddings", 4 * (2 * tokens + rollouts * setup.model.hidden_size), "scoring")
     for work in works:

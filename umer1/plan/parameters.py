@@ -65,7 +65,8 @@ def stage_parameters(
             if row.layout.vocabulary:
                 numel = padded * config.hidden_size // tp
             else:
-                numel = sum(prod(shapes[name]) for name in row.hf) // (1 if row.layout.axis is None else tp)
+                cut = parallel.vision_tensor_parallel_size if row.name.startswith("vision.") else tp
+                numel = sum(prod(shapes[name]) for name in row.hf) // (1 if row.layout.axis is None else cut)
             frozen = row.name.startswith(("vision.patch_embed", "vision.decoder")) and not train_vision
             shared = tied and stages > 1 and row.layout.vocabulary
             found.append(Parameter(row.name, numel, not frozen, shared))

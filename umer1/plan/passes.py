@@ -1,6 +1,7 @@
 """What one micro-batch's passes through a pipeline stage allocate and give back."""
 
 from umer1.data.schema import PackedBatch
+from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.activations import LayerBytes, decoder_layer, vision_layer
 from umer1.plan.buffers import StateBytes
 from umer1.plan.head import HeadBytes, head_bytes
@@ -21,6 +22,7 @@ class StagePasses:
         self.layers = [len(part) for part in stage_layers(setup.parallel, setup.model.num_layers, stage)]
         self.train_vision = setup.config.model.train_vision
         self.vision_features: set[int] = set()
+        self.shares: dict[int, Frames] = {}  # by id(batch)
         self.gather_buffer = 0
         chunks = stage_parameters(setup.model, setup.parallel, stage, self.train_vision)
         self.largest = max(parameter.numel for chunk in chunks for parameter in chunk if parameter.trained)
@@ -40,7 +42,7 @@ class StagePasses:
         return vision_layer(
             self.setup.model,
             self.setup.parallel,
-            batch.grid_thw,
+            self.frames(batch).grids_of(self.frames(batch).rank),
             itemsize=self.setup.itemsize,
             kernel=self.setup.kernel,
         )
@@ -55,16 +57,41 @@ class StagePasses:
             logprobs=self.logprobs,
         )
 
+    def frames(self, batch: PackedBatch) -> Frames:
+        if id(batch) not in self.shares:
+            self.shares[id(batch)] = self.setup.frames(batch)
+        return self.shares[id(batch)]
+
+    def patches(self, batch: PackedBatch) -> int:
+        """Of the pictures that a rank sees."""
+        frames = self.frames(batch)
+        return frames.patches[frames.rank]
+
+    def pixels(self, batch: PackedBatch) -> int:
+        """A copy of the fp32 pixels in the model's dtype, where it is another."""
+        a = self.setup.itemsize
+        return 0 if a == 4 else self.patches(batch) * self.setup.model.vision.patch_dim * a
+
     def features(self, batch: PackedBatch) -> int:
         """The ViT's output before the merger."""
-        return num_patches(batch) * self.setup.model.vision.embed_dim * self.setup.itemsize
+        return self.patches(batch) * self.setup.model.vision.embed_dim * self.setup.itemsize
+
+    def kept_features(self, batch: PackedBatch) -> int:
+        """Of the frozen ViT's output, for the rest of the step."""
+        return self.features(batch)
 
     def merger(self, batch: PackedBatch) -> int:
         """What the merger keeps: its norm's output, fc1's, GELU's, and the rows that it makes."""
         vision, a = self.setup.model.vision, self.setup.itemsize
-        tokens = num_patches(batch) // vision.spatial_merge_size**2
-        wide = vision.merged_dim
-        return tokens * a * (wide + 2 * wide // self.setup.layout.tp + self.setup.model.hidden_size)
+        tokens = self.patches(batch) // vision.spatial_merge_size**2
+        wide, tp = vision.merged_dim, self.setup.parallel.vision_tensor_parallel_size
+        return tokens * a * (wide + 2 * wide // tp + self.setup.model.hidden_size)
+
+    def gathered(self, batch: PackedBatch) -> int:
+        """What tensor-parallel ranks gather of one another's merged rows, filled up, and the same in order."""
+        frames, vision = self.frames(batch), self.setup.model.vision
+        rows = (frames.ranks * max(frames.patches) + num_patches(batch)) // vision.spatial_merge_size**2
+        return 0 if frames.ranks == 1 else rows * self.setup.model.hidden_size * self.setup.itemsize
 
     def hidden(self, batch: PackedBatch) -> int:
         """[T, h], complete."""
@@ -80,12 +107,11 @@ class StagePasses:
         """The frozen ViT, once a step; its features stay with the micro-batch."""
         if not (self.first and num_patches(batch)) or id(batch) in self.vision_features:
             return
-        layer, a = self.vision(batch), self.setup.itemsize
-        pixels = 0 if a == 4 else batch.pixel_values.numel() * a
-        self.line.touch("the ViT's forward", vision=max(layer.forward + layer.input, pixels + layer.input))
+        layer = self.vision(batch)
+        self.line.touch("the ViT's forward", vision=max(layer.forward, self.pixels(batch)) + layer.input)
         if not self.train_vision:
             self.vision_features.add(id(batch))
-            self.line.hold("vision features", self.features(batch), "the ViT's forward")
+            self.line.hold("vision features", self.kept_features(batch), "the ViT's forward")
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
@@ -130,8 +156,7 @@ class StagePasses:
                 vision = self.vision(batch)
                 depth = self.setup.model.vision.depth
                 each = vision.input if full else vision.saved - (vision.attention_dropped if selective else 0)
-                cast = 0 if self.setup.itemsize == 4 else batch.pixel_values.numel() * self.setup.itemsize
-                found["ViT activations"] = depth * each + self.features(batch) + cast
+                found["ViT activations"] = depth * each + self.features(batch) + self.pixels(batch)
         if self.is_end(chunk):
             # The last layer's output for the final norm, the norm's own, whole under sequence parallelism too.
             found["final norm"] = layer.input + self.hidden(batch)
@@ -157,6 +182,8 @@ class StagePasses:
         self.note_gather(batch)
         kept, layer = self.kept(batch, chunk), self.decoder(batch)
         head = kept.pop("head", 0)
+        if self.first and chunk == 0 and num_patches(batch):
+            self.line.touch("gathering vision features", working=self.merger(batch) + self.gathered(batch))
         for name, size in kept.items():
             self.line.hold(name, size, "forward")
         working = {"full": layer.forward, "selective": layer.attention_dropped + layer.input}

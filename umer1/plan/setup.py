@@ -1,6 +1,6 @@
 """What a plan is made for: the model, the settings that decide memory and speed, the layout, and the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelConfig
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.activations import Kernel
 from umer1.plan.buffers import StateBytes, state_bytes
 from umer1.plan.hardware import Hardware
@@ -64,14 +65,23 @@ class Setup:
             chunks, self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
         )
 
+    @property
+    def vision_ranks(self) -> int:
+        """Tensor-parallel ranks that divide pictures between them."""
+        return self.parallel.tensor_model_parallel_size // self.parallel.vision_tensor_parallel_size
 
-def batch_bytes(batch: PackedBatch, *, first_stage: bool) -> int:
-    """A loaded micro-batch on the device: ids and three positions a token, rows and labels, pixels where the ViT is."""
+    def frames(self, batch: PackedBatch) -> Frames:
+        """A micro-batch's frames as tensor-parallel ranks divide them; the rank is the one with most patches."""
+        frames = Frames.of(batch.grid_thw, self.model.vision, 0, self.vision_ranks)
+        return replace(frames, rank=frames.patches.index(max(frames.patches)))
+
+
+def batch_bytes(batch: PackedBatch, *, patches: int) -> int:
+    """A loaded micro-batch on the device: ids and three positions a token, rows and labels, pixels of `patches`."""
     tensors = [batch.input_ids, batch.position_ids, batch.disc_rows, batch.gen_rows]
     tensors += [batch.supervised_rows, batch.supervised_labels, batch.supervised_sides, batch.target_ids]
-    if first_stage:
-        tensors.append(batch.pixel_values)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    pixels = patches * batch.pixel_values.shape[1] * batch.pixel_values.element_size()
+    return pixels + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def num_patches(batch: PackedBatch) -> int:

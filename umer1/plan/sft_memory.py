@@ -18,10 +18,10 @@ def sft_memory(setup: Setup, stage: int, batches: list[PackedBatch], dp_rank: in
     line.hold("weights", states.parameters, "start")
     line.hold("gradients", states.gradients, "start")
     line.hold("optimizer states", states.optimizer, "start")
-    for batch in batches:
-        line.hold("batch", batch_bytes(batch, first_stage=stage == 0), "start")
     kinds = sum(weight > 0 for weight in config.loss.weights()[:2])
     passes = StagePasses(setup, stage, line, kinds=kinds, cross_entropy=config.loss.weights()[2] > 0)
+    for batch in batches:
+        line.hold("batch", batch_bytes(batch, patches=passes.patches(batch) if stage == 0 else 0), "start")
     last = stage == layout.pp - 1
     if config.loss.cached_contrastive and kinds and len(batches) > 1:
         for batch in batches:

@@ -1,7 +1,7 @@
 """FLOPs of a step by the formula of training/flops.py, and a time that rests on stated assumptions.
 
 executed = model FLOPs + what memory costs: the first pass of cached contrastive, layers that are recomputed
-seconds  = executed / (devices x peak x assumed utilisation) x pipeline bubble (+ decoding, for GRPO)
+seconds  = (executed + idle) / (devices x peak x assumed utilisation) x pipeline bubble (+ decoding, for GRPO)
 decoding = tokens one after another, each reading weights and caches once at the assumed share of the bandwidth
 """
 
@@ -20,6 +20,8 @@ class Work:
     """Forward and backward of what the method asks for: what MFU counts."""
     executed: float
     """With recomputation and first passes."""
+    idle: float
+    """FLOPs that ranks could do while they wait for the one that has the largest share of a micro-batch's pictures."""
     tokens: int
     """Of all sequences that are trained on."""
     patches: int
@@ -34,9 +36,12 @@ def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, 
     reference log-probs).  vision_once: share of the ViT's work that is done, where sequences share pictures.
     """
     config, layout = setup.config, setup.layout
-    decoder = vision = logits = attention = 0.0
+    decoder = vision = logits = attention = waits = 0.0
     for batch in batches:
         parts = forward_flops(batch, setup.model)
+        if parts[1]:
+            frames = setup.frames(batch)
+            waits += parts[1] * vision_once * (frames.ranks * max(frames.patches) / sum(frames.patches) - 1)
         decoder, vision, logits = decoder + parts[0], vision + parts[1] * vision_once, logits + parts[2]
         lengths = batch.cu_seqlens.diff().double()
         width = setup.model.num_attention_heads * setup.model.head_dim
@@ -50,6 +55,7 @@ def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, 
     return Work(
         model=model * layout.dp,
         executed=(model + extra) * layout.dp,
+        idle=waits * (3 if config.model.train_vision else 1) * layout.dp,
         tokens=sum(batch.num_real_tokens for batch in batches) * layout.dp,
         patches=sum(len(batch.pixel_values) for batch in batches) * layout.dp,
         bubble=(turns + layout.pp - 1) / turns,
@@ -61,4 +67,4 @@ def train_seconds(setup: Setup, work: Work, utilisation: float) -> float | None:
     peak = setup.hardware.bf16_flops
     if peak is None:
         return None
-    return work.executed / (setup.world_size * peak * utilisation) * work.bubble
+    return (work.executed + work.idle) / (setup.world_size * peak * utilisation) * work.bubble

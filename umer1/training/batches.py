@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from umer1.data.bad_samples import BadSampleCounts
 from umer1.data.blend import Blend
@@ -24,6 +25,7 @@ from umer1.data.weighted_sampler import WeightedBlockSampler
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.frames import Frames
 from umer1.training.config import SFTConfig
 
 _TICKS = 1_000_000  # of a second, in reductions of whole numbers
@@ -221,6 +223,7 @@ class BatchSource(DataSource):
 
     def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
         super().__init__(lambda: make_loader(config, directory, state), config.data, config.checkpoint.save, state)
+        self.vision = directory.config.vision
 
     def next(self) -> tuple[list[PackedBatch], bool]:
         """(micro-batches, whether any data-parallel rank has more than one)."""
@@ -234,7 +237,8 @@ class BatchSource(DataSource):
             for batch in batches:
                 batch.pixel_values = emptied(batch.pixel_values)
             batches, several, failure = send_to_peers((batches, several, failure), self.state)
-            for batch, values in zip(batches, send_pixels(pixels, self.state), strict=True):
+            shares = [Frames.of(batch.grid_thw, self.vision, *divided(self.state)) for batch in batches]
+            for batch, values in zip(batches, send_pixels(pixels, self.state, shares), strict=True):
                 batch.pixel_values = values
         if failure is not None:
             raise UserError(failure)
@@ -254,17 +258,45 @@ def emptied(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.new_empty(0, *pixels.shape[1:])
 
 
-def send_pixels(pixels: list[torch.Tensor], state: ParallelState) -> list[torch.Tensor]:
-    """The source's fp32 [P, patch_dim] tensors on the ranks of the first stage, which has the ViT; empty elsewhere."""
+def divided(state: ParallelState) -> tuple[int, int]:
+    """(this rank, ranks) that divide a micro-batch's pictures."""
+    return (state.tp_rank, state.tp_size) if state.vision_data_parallel else (0, 1)
+
+
+def send_pixels(
+    pixels: list[torch.Tensor], state: ParallelState, shares: list[Frames] | None = None
+) -> list[torch.Tensor]:
+    """The source's fp32 [P, patch_dim] tensors on the ranks of the first stage, which has the ViT; empty elsewhere.
+
+    shares: who sees what of each tensor; without it the ranks of that stage get all of it.
+    """
     shapes = send_to_peers([tuple(tensor.shape) for tensor in pixels], state)
     if state.pp_rank != 0:
         return [torch.empty(0, *shape[1:]) for shape in shapes]
     source = dist.get_process_group_ranks(state.groups.mp)[0]
     arrived = []
     for position, shape in enumerate(shapes):
-        mine = pixels[position] if state.rank == source else torch.empty(shape)
-        mine = mine.to(state.device).contiguous()
+        whole = pixels[position].to(state.device).contiguous() if state.rank == source else None
+        if shares is not None and shares[position].ranks > 1:
+            arrived.append(_scatter(whole, shape, shares[position], source, state))
+            continue
+        mine = torch.empty(shape, device=state.device) if whole is None else whole
         if mine.numel() and state.tp_size > 1:
             dist.broadcast(mine, source, group=state.groups.tp)
         arrived.append(mine)
     return arrived
+
+
+def _scatter(
+    whole: torch.Tensor | None, shape: tuple[int, int], share: Frames, source: int, state: ParallelState
+) -> torch.Tensor:
+    """Each rank's share of `whole`, which the source has; filled up to the longest on the way, as a collective asks."""
+    counts = share.patches
+    arriving = torch.empty(max(counts), shape[1], device=state.device)
+    parts = None
+    if whole is not None:
+        places = [share.patches_of(rank).to(state.device) for rank in range(share.ranks)]
+        parts = [F.pad(whole.index_select(0, own), (0, 0, 0, len(arriving) - len(own))) for own in places]
+    if len(arriving):
+        dist.scatter(arriving, parts, src=source, group=state.groups.tp)
+    return arriving[: counts[share.rank]].clone()

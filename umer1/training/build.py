@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -12,7 +13,7 @@ from umer1.distributed.parallel import ParallelConfig, ParallelState
 from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import build_model
-from umer1.models.qwen2_vl.weights import load_hf
+from umer1.models.qwen2_vl.weights import load_hf, unwrap
 
 MINI_BASE = Path(__file__).parent.parent / "assets" / "mini_base"
 
@@ -49,6 +50,14 @@ class ModelConfig:
         return Path(self.hf_model) if self.hf_model else MINI_BASE
 
 
+def finalize_gradients(models: list[torch.nn.Module], *args: Any, **options: Any) -> None:
+    """megatron's reductions after a backward, and the sum over ranks that divided pictures between them."""
+    finalize_model_grads(models, *args, **options)
+    for core in map(unwrap, models):
+        if core.pre_process:
+            core.vision.sum_gradients()
+
+
 def build_training_model(
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -83,7 +92,7 @@ def build_training_model(
     wrapped = []
     for index, chunk in enumerate(chunks):
         # Megatron divides by the token count that the losses return: 0, so by nothing.  See forward_step.py.
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = finalize_gradients
         ddp = DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
         if not ddp_config.fp8_param_gather:  # torch does not broadcast FP8 weights; all ranks have read the same files
             ddp.broadcast_params()

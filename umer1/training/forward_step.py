@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ class SFTStep:
 
 def run_model(batch: PackedBatch, model: torch.nn.Module, train_vision: bool) -> torch.Tensor:
     """One forward of one (virtual) stage.  A frozen ViT runs once for a batch; its output is kept in the batch."""
-    vision: dict[str, torch.Tensor] = {}
+    vision: dict[str, Any] = {}
     core = unwrap(model)
     if core.pre_process and batch.grid_thw.numel():
         vision["grid_thw"] = batch.grid_thw

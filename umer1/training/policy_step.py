@@ -6,11 +6,14 @@ As in forward_step.py every term is divided by its own count before backward, an
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
+from umer1.data.schema import Sequence
 from umer1.losses.grpo import importance_weights, token_losses, token_statistics
 from umer1.models.embedding import read_embedding
+from umer1.models.qwen2_vl.frames import VisionFeatures
 from umer1.models.qwen2_vl.weights import unwrap
 from umer1.ops.linear_cross_entropy import linear_logprobs
 from umer1.training.policy_batches import PolicyBatch, Round
@@ -24,21 +27,30 @@ class VisionCache:
     round_: Round
     train_vision: bool
     device: torch.device
-    kept: dict[int, torch.Tensor] = field(default_factory=dict)  # prompt number -> [patches, vision_dim]
+    kept: dict[int, VisionFeatures] = field(default_factory=dict)  # by prompt number
 
-    def features(self, core: torch.nn.Module, prompts: list[int]) -> torch.Tensor:
-        """[P, vision_dim] of the prompts in order, repeats included."""
+    def features(self, core: torch.nn.Module, prompts: list[int]) -> VisionFeatures:
+        """Of the prompts in order, repeats included."""
         found = self.kept if not self.train_vision else {}
         missing = [number for number in dict.fromkeys(prompts) if number not in found]
         if missing:
-            group = self.round_.num_generations
-            sequences = [self.round_.prompt(number * group).sequence for number in missing]
+            if not self.train_vision:  # a micro-batch has few prompts: ranks that divide them take the next ones too
+                missing += self._unseen(missing)[: (core.vision.num_ranks - 1) * len(missing)]
+            sequences = [self._sequence(number) for number in missing]
             pixels = torch.cat([sequence.pixel_values for sequence in sequences]).to(self.device)
             grids = torch.cat([sequence.grid_thw for sequence in sequences]).to(self.device)
             made = core.vision_forward(pixels, grids)
-            sizes = [len(sequence.pixel_values) for sequence in sequences]
-            found.update(zip(missing, made.split(sizes), strict=True))
-        return torch.cat([found[number] for number in prompts])
+            counts = [int(sequence.grid_thw[:, 0].sum()) for sequence in sequences]
+            found.update(zip(missing, made.split(counts), strict=True))
+        return VisionFeatures.join([found[number] for number in prompts])
+
+    def _sequence(self, number: int) -> Sequence:
+        return self.round_.prompt(number * self.round_.num_generations).sequence
+
+    def _unseen(self, but: list[int]) -> list[int]:
+        """Prompts with pictures that have no features yet, in order."""
+        numbers = [number for number in range(2 * len(self.round_.pairs)) if number not in self.kept]
+        return [number for number in numbers if number not in but and len(self._sequence(number).grid_thw)]
 
 
 @dataclass(slots=True)
@@ -58,7 +70,7 @@ class PolicyStep:
 def run_policy(batch: PolicyBatch, model: torch.nn.Module, step: PolicyStep) -> torch.Tensor:
     """One forward of one (virtual) stage."""
     core = unwrap(model)
-    vision: dict[str, torch.Tensor] = {"vision_rows": batch.vision_rows}
+    vision: dict[str, Any] = {"vision_rows": batch.vision_rows}
     if core.pre_process and batch.vision_prompts:
         vision["vision_features"] = step.vision.features(core, batch.vision_prompts)
     return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, **vision)

@@ -76,7 +76,9 @@ def vision_config(config: Qwen2VLConfig, parallel: ParallelConfig, dtype: torch.
         activation_func=ACTIVATIONS[vision.hidden_act],
         add_bias_linear=True,
         add_qkv_bias=True,
-        **_common(parallel, dtype) | _one_by_one(parallel),
+        **_common(parallel, dtype)
+        | dict(tensor_model_parallel_size=parallel.vision_tensor_parallel_size)
+        | _one_by_one(parallel),
     )
 
 

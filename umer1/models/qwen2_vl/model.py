@@ -23,6 +23,7 @@ from umer1.models.attention import KVCache, PackedSequences, SDPAPlan, packed_se
 from umer1.models.backend import CoreAttentionName, block_submodules, uses_te_attention
 from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.models.qwen2_vl.frames import VisionFeatures
 from umer1.models.qwen2_vl.head import VocabularyHead
 from umer1.models.qwen2_vl.megatron_config import decoder_config, vision_config
 from umer1.models.qwen2_vl.vision import VisionTower
@@ -63,7 +64,7 @@ class Qwen2VL(LanguageModule):
         )
         if self.pre_process:
             vision = vision_config(model_config, parallel, params_dtype)
-            self.vision = VisionTower(vision, model_config.vision, state.groups, core_attention)
+            self.vision = VisionTower(vision, model_config.vision, state, core_attention)
             self.embedding = LanguageModelEmbedding(
                 config,
                 padded_vocab,
@@ -122,15 +123,15 @@ class Qwen2VL(LanguageModule):
         *,
         pixel_values: torch.Tensor | None = None,
         grid_thw: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
+        vision_features: VisionFeatures | None = None,
         vision_rows: torch.Tensor | None = None,
         cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Hidden states of packed sequences.
 
         `input_ids` int64 [T], `position_ids` int64 [3, T], `cu_seqlens` int32 [S + 1] bounds the sequences.  Vision
-        tokens take, in order, the rows made of `vision_features` [P, vision_dim] (as `vision_forward` gives them) or of
-        `pixel_values` [P, patch_dim] with `grid_thw` int64 [V, 3].  With a cache: see KVCache.
+        tokens take, in order, the rows made of `vision_features` or of `pixel_values` with `grid_thw`, both as
+        `vision_forward` has them.  With a cache: see KVCache.
 
         `vision_rows` int64 [P / merge**2], ascending: the rows of `input_ids` that take them.  Without it every image
         and video pad does; pads that a policy sampled are no spans, so packed responses need it.  ValueError when the
@@ -145,7 +146,7 @@ class Qwen2VL(LanguageModule):
         packed = self._packed(position_ids, cu_seqlens, max_seqlen, filling, cache)
         hidden = None
         if self.pre_process:
-            if vision_features is None and pixel_values is not None and pixel_values.shape[0]:
+            if vision_features is None and grid_thw is not None and len(grid_thw):
                 vision_features = self.vision_forward(pixel_values, grid_thw)
             # A response may hold vision tokens that the model sampled: they are no spans and take no features.
             decoding = cache is not None and cache.longest > 0
@@ -163,12 +164,17 @@ class Qwen2VL(LanguageModule):
             )
         return hidden.squeeze(1)[:tokens]
 
-    def vision_forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Features before the merger [P, vision_dim]; without a graph when the ViT is frozen.  First stage only."""
-        frozen = not self.vision.patch_embed.weight.requires_grad
+    def vision_forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> VisionFeatures:
+        """Features before the merger; without a graph when the ViT is frozen.  First stage only.
+
+        `pixel_values` [P, patch_dim] of pictures `grid_thw` int64 [V, 3]: of all, or only of the frames that are this
+        rank's share (`Frames.own`).
+        """
+        frozen, frames = not self.vision.patch_embed.weight.requires_grad, self.vision.frames(grid_thw)
+        own, grids = frames.own(pixel_values), frames.grids_of(frames.rank)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = self.vision(pixel_values, grid_thw)
-        return features.detach() if frozen or not torch.is_grad_enabled() else features
+            rows = self.vision(own, grids)
+        return VisionFeatures(rows.detach() if frozen or not torch.is_grad_enabled() else rows, frames)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Vocabulary-parallel logits [R, V_padded / tp] of hidden rows [R, H].  Last stage only.
@@ -231,18 +237,18 @@ class Qwen2VL(LanguageModule):
         return ((input_ids == ids.image_token_id) | (input_ids == ids.video_token_id)).nonzero().flatten()
 
     def _embed(
-        self, input_ids: torch.Tensor, vision_features: torch.Tensor | None, rows: torch.Tensor | None
+        self, input_ids: torch.Tensor, vision_features: VisionFeatures | None, rows: torch.Tensor | None
     ) -> torch.Tensor:
         """[T] -> [T (/ tp if sequence-parallel), 1, H], vision features in place at `rows`; None: there are none."""
         hidden = self.embedding(input_ids.unsqueeze(0), None)
         merge = self.model_config.vision.spatial_merge_size
-        count = 0 if vision_features is None else vision_features.shape[0] // merge**2
+        count = 0 if vision_features is None else int(vision_features.frames.sizes.sum()) // merge**2
         if (0 if rows is None else rows.numel()) != count:
             raise ValueError(f"{0 if rows is None else rows.numel()} vision tokens, but the pixels make {count}")
         if count:
-            merged = self.vision.merger(vision_features)
+            merged = self.vision.merge(vision_features)
             hidden = hidden.squeeze(1).index_copy(0, rows, merged.to(hidden.dtype)).unsqueeze(1)
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not (count and len(vision_features.rows)):
             hidden = hidden + self._no_vision()
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
@@ -252,7 +258,7 @@ class Qwen2VL(LanguageModule):
         """A zero that every trained vision parameter has a part in.
 
         megatron's overlapped gradient reduction waits for a gradient of every parameter; a micro-batch without images
-        must give one too.
+        must give one too, and so must a rank that none of them is for.
         """
         trained = [parameter.flatten()[:1] for parameter in self.vision.parameters() if parameter.requires_grad]
         return 0.0 * torch.cat(trained).sum() if trained else torch.zeros(())

@@ -10,13 +10,19 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.weight_table import Row, hf_shapes, rows
 
 
+def shares(row: Row, parallel: ParallelState) -> tuple[int, int]:
+    """(ranks that a row's megatron tensor is cut over, which of them this is)"""
+    whole = row.layout.axis is None or (parallel.vision_data_parallel and row.name.startswith("vision."))
+    return (1, 0) if whole else (parallel.tp_size, parallel.tp_rank)
+
+
 def cut(source: Any, shape: tuple[int, ...], row: Row, local_rows: int, parallel: ParallelState) -> list[torch.Tensor]:
     """This rank's share of one whole Hugging Face tensor of `row`, in the parts that `row.layout.fuse` takes.
 
     `source` is a tensor or whatever is sliced like one (a safetensors slice), `shape` its shape.  `local_rows`: rows of
     the megatron tensor on this rank; those of a vocabulary beyond the file's are zeros.
     """
-    axis, size, rank = row.layout.axis, parallel.tp_size, parallel.tp_rank
+    axis, (size, rank) = row.layout.axis, shares(row, parallel)
     if row.layout.vocabulary:
         begin = rank * local_rows
         end = min(begin + local_rows, shape[0])
@@ -76,9 +82,9 @@ class Assembler:
         """The row's Hugging Face tensors, whole, on tensor-parallel rank 0; None on the others."""
         local, config, parallel = self.weights[row.name].detach(), self.config, self.parallel
         shards = [local]
-        if parallel.tp_size > 1 and row.layout.axis is not None:
-            first = parallel.tp_rank == 0
-            shards = [torch.empty_like(local) for _ in range(parallel.tp_size)] if first else None
+        size, rank = shares(row, parallel)
+        if size > 1:
+            shards = [torch.empty_like(local) for _ in range(size)] if rank == 0 else None
             dist.gather(local.contiguous(), shards, group=parallel.groups.tp, group_dst=0)
         if parallel.tp_rank != 0:
             return None

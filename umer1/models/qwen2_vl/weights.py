@@ -21,7 +21,7 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import MAX_SHARD_BYTES, DirectoryWriter, destination_problem
 from umer1.models.qwen2_vl.safetensors_index import DTYPE_BYTES
-from umer1.models.qwen2_vl.weight_shards import Assembler, cut, exported_rows, join
+from umer1.models.qwen2_vl.weight_shards import Assembler, cut, exported_rows, join, shares
 from umer1.models.qwen2_vl.weight_table import Row, first_name, hf_shapes, hub_name, rows
 
 logger = logging.getLogger(__name__)
@@ -96,12 +96,12 @@ def whole_here(models: list[torch.nn.Module], parallel: ParallelState) -> Iterat
     """(Hub name, whole tensor) of what this rank holds without its neighbours; not collective.
 
     Without tensor parallelism that is all of its pipeline stage, with it what is not cut over the ranks (norms,
-    biases of rows).
+    biases of rows, a ViT that is whole on each).
     """
     config = unwrap(models[0]).model_config
     weights = named_weights(models)
     for row in rows(config):
-        if row.name in weights and (parallel.tp_size == 1 or row.layout.axis is None):
+        if row.name in weights and shares(row, parallel)[0] == 1:
             yield from zip(row.hf, join([weights[row.name].detach()], row, config), strict=True)
 
 
