@@ -20,8 +20,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # NCCL: a collective that hangs is given up after a while, with the stacks of all ranks in the log folder.
 export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$folder/nccl-
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Megatron overlaps communication of tensor and sequence parallelism with compute in the order that they were launched.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # NCCL_IB_HCA (which InfiniBand cards) and NCCL_SOCKET_IFNAME (which network for the rendezvous) are the cluster's:
 # leave them unset where NCCL's own choice works, which `NCCL_DEBUG=INFO` shows.
 

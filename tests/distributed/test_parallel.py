@@ -66,6 +66,7 @@ MODEL = Qwen2VLConfig(
             r"must divide the layers of each stage \(14\).*use 1 or 2 or 7 or 14",
         ),
         (dict(overlap_param_gather=True), 1, "needs use_distributed_optimizer and overlap_grad_reduce"),
+        (dict(cuda_graph_impl="local"), 1, "cuda_graph_impl=local is not supported.*use none"),
     ],
 )
 def test_refused(settings, world_size, message):
@@ -73,6 +74,25 @@ def test_refused(settings, world_size, message):
     assert len(problems) == 1
     with pytest.raises(ConfigError, match=message):
         raise ConfigError(problems)
+
+
+@pytest.mark.parametrize(
+    ("given", "world_size", "gpu", "resolved"),
+    [
+        ({}, 8, True, (True, True)),
+        ({}, 8, False, (False, False)),
+        ({"tensor_model_parallel_size": 4}, 4, True, (False, False)),
+        ({"use_distributed_optimizer": False}, 8, True, (False, False)),
+        ({"overlap_param_gather": False}, 8, True, (True, False)),
+        ({"overlap_grad_reduce": False}, 8, True, (False, False)),
+        ({"overlap_grad_reduce": True, "overlap_param_gather": True}, 2, False, (True, True)),
+    ],
+)
+def test_what_is_overlapped_by_default(given, world_size, gpu, resolved):
+    config = ParallelConfig(**given)
+    config.resolve(world_size, gpu=gpu)
+    assert (config.overlap_grad_reduce, config.overlap_param_gather) == resolved
+    assert config.violations(world_size=world_size) == []
 
 
 @pytest.mark.parametrize(

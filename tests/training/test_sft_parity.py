@@ -44,6 +44,11 @@ LAYOUTS = {
     ),
     "dp2-plain-optimizer": (2, "--no-use-distributed-optimizer --micro-batch-size 4"),
     "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 2"),
+    "dp2-pp2-vpp-overlap": (
+        4,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 2 "
+        "--overlap-grad-reduce --overlap-param-gather",
+    ),
     "dp2-budget": (2, "--micro-batch-size 8 --max-tokens-per-micro-batch 700 --max-patches-per-micro-batch 90"),
 }
 # The layouts that a case of another model is run in.

@@ -53,10 +53,15 @@ class ParallelConfig:
     """With full recomputation: layers per recomputed group (uniform) or recomputed layers (block); default 1."""
     use_distributed_optimizer: bool = True
     """Cut optimizer states over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over data-parallel ranks while the backward pass runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs; needs use_distributed_optimizer, overlap_grad_reduce."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients over data-parallel ranks while the backward pass runs.  Unset: on GPUs with
+    use_distributed_optimizer and more than one data-parallel rank."""
+    overlap_param_gather: bool | None = None
+    """Gather updated weights while the next forward pass runs; needs use_distributed_optimizer, overlap_grad_reduce.
+    Unset: as overlap_grad_reduce is by default."""
+    cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
+    """CUDA graphs of the training step: not supported with packed micro-batches, none is the only legal value.  vLLM's
+    rollouts are captured in graphs on GPUs in any case."""
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that some rank did not join ends the run."""
 
@@ -65,11 +70,30 @@ class ParallelConfig:
         """Ranks that the ViT's and the merger's weights are cut over."""
         return 1 if self.vision_data_parallel else self.tensor_model_parallel_size
 
+    @property
+    def overlapped(self) -> str:
+        """The data-parallel communication that something runs beside, in words."""
+        found = ["gradients' reduction with the backward"] if self.overlap_grad_reduce else []
+        found += ["weights' gather with the next forward"] if self.overlap_param_gather else []
+        return ", ".join(found) or "nothing"
+
     def virtual_pipeline_size(self, num_layers: int) -> int | None:
         """Virtual stages per pipeline rank for a decoder of `num_layers`; None without interleaving."""
         if self.num_layers_per_virtual_pipeline_stage is None:
             return None
         return num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
+
+    def resolve(self, world_size: int, *, gpu: bool) -> None:
+        """Decide, in place, what is left to the hardware; what was given stays.
+
+        On gloo overlapping gains nothing: the same cores reduce and compute.
+        """
+        model_size = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        pays = gpu and self.use_distributed_optimizer and world_size > model_size
+        if self.overlap_grad_reduce is None:
+            self.overlap_grad_reduce = pays
+        if self.overlap_param_gather is None:
+            self.overlap_param_gather = pays and self.overlap_grad_reduce
 
     def violations(self, model_config: "Qwen2VLConfig | None" = None, world_size: int | None = None) -> list[str]:
         """Every rule broken, with the legal values; rules about the model or the world need these given."""
@@ -87,6 +111,11 @@ class ParallelConfig:
             found.append("sequence_parallel needs tensor_model_parallel_size of 2 or more")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             found.append("overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce")
+        if self.cuda_graph_impl != "none":
+            found.append(
+                f"cuda_graph_impl={self.cuda_graph_impl} is not supported: a graph is replayed with the shapes and "
+                "lengths that it was captured with, and packed micro-batches differ in both; use none"
+            )
         if self.recompute_granularity != "full":
             found += [
                 f"{name}={value} needs recompute_granularity=full"
@@ -254,8 +283,9 @@ def init_distributed(config: ParallelConfig, *, seed: int = 1234) -> Iterator[Pa
     if problems:
         raise ConfigError(problems)
     own_default = not dist.is_initialized()
-    # Megatron's overlap of communication and computation under sequence parallelism wants one CUDA work queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.tensor_model_parallel_size > 1:
+        # One CUDA work queue: what a tensor-parallel layer's communication overlaps with is launched after it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if own_default:
         _init_default_group(timedelta(minutes=config.distributed_timeout_minutes))
     megatron_cpu.enable()

@@ -58,6 +58,7 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
             return [str(error)]
         if config.plan.world_size < 1:
             return []
+        config.parallel.resolve(config.plan.world_size, gpu=config.plan.on_gpus)
         return config.layout_violations(shapes[0], config.plan.world_size)
 
     config = load_config(STAGES[stage], argv, further=check)

@@ -66,11 +66,12 @@ def _checked_plan(stage: str, argv: list[str], default_config: Path, check: Call
         settings = config.plan
         if settings.world_size < 1:
             return []
+        config.parallel.resolve(settings.world_size, gpu=settings.on_gpus)
         if settings.shape is not None:
             models.append(SHAPES[settings.shape])
             return config.layout_violations(models[0], settings.world_size)
         opened: list[HFDirectory] = []
-        found = program_violations(config, check, settings.world_size, opened, weights=False)
+        found = program_violations(config, check, settings.world_size, opened, gpu=settings.on_gpus, weights=False)
         models.extend(directory.config for directory in opened)
         return found
 

@@ -82,6 +82,7 @@ def _run(plan: Plan) -> str:
         + (", sequence-parallel" if parallel.sequence_parallel else ""),
         "precision": "bf16, fp32 main weights" if setup.itemsize == 2 else "fp32",
         "recomputation": recompute,
+        "overlapped": parallel.overlapped,
         "global batch": f"{data.global_batch_size} pairs, {data.global_batch_size // layout.dp} a data-parallel rank; "
         f"legal are multiples of {plan.batch_step}",
         "micro-batches": f"{len(plan.expected_tokens)} a step and rank, up to {max(plan.expected_tokens):,} tokens as "

@@ -57,6 +57,11 @@ class PlanConfig:
         return found
 
     @property
+    def on_gpus(self) -> bool:
+        """What decides the settings that are left to the hardware."""
+        return self.hardware.lower() != "cpu"
+
+    @property
     def num_nodes(self) -> int:
         return math.ceil(self.world_size / self.gpus_per_node)
 

@@ -85,8 +85,8 @@ def build_training_model(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=bool(parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(parallel.overlap_param_gather),
         fp8_param_gather=chunks[0].config.fp8_param,
     )
     wrapped = []

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from umer1 import device as devices
 from umer1.checkpoints.layout import iteration_path, list_iterations
 from umer1.configuration import load_config
 from umer1.data.mini_mmeb import make_mini_mmeb
@@ -32,7 +33,7 @@ def read_command_line(
     opened: list[HFDirectory] = []
 
     def check_files(config: C) -> list[str]:
-        return program_violations(config, check, launched_world_size(), opened)
+        return program_violations(config, check, launched_world_size(), opened, gpu=devices.has_cuda())
 
     config = load_config(config_class, argv, default_config, check_files)
     return config, opened[0]
@@ -44,15 +45,18 @@ def program_violations(
     world_size: int,
     opened: list[HFDirectory],
     *,
+    gpu: bool,
     weights: bool = True,
 ) -> list[str]:
     """Broken rules that need files or the number of processes; the model directory that could be opened is appended.
 
+    gpu: whether the run is on GPUs, which decides the settings that are left open.
     weights: whether the directory must hold them.
     """
     problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
     problems = [problem] if problem else []  # said now, not after days of training
     problems += check(config)
+    config.parallel.resolve(world_size, gpu=gpu)
     try:
         opened.append(open_directory(config, weights=weights))
     except UserError as error:

@@ -234,6 +234,7 @@ class Trainer:
             "layout": f"TP {state.tp_size} x PP {state.pp_size} x DP {state.dp_size}, sequence parallelism "
             f"{'on' if config.parallel.sequence_parallel else 'off'}, {config.model.params_dtype}, "
             f"{device.device_name()}",
+            "overlapped": config.parallel.overlapped,
             **rows,
             "steps": f"{self.iteration} of {config.optimizer.train_iters} done",
             "save": config.checkpoint.save or "nothing (no --save)",
