@@ -41,7 +41,9 @@ def run(path, save, layout, *, fp32=True, saves=False, resumes=False, **options)
         learnt = 0.02 if options.get("learnable") else None
         models = build_training_model(model, parallel, directory, state, learnt_temperature=learnt)
         optimizer, scheduler = build_optimizer(
-            OptimizerConfig(**ADAM), models, use_distributed_optimizer=parallel.use_distributed_optimizer
+            OptimizerConfig(**ADAM, optimizer_cpu_offload=options.get("offload", False)),
+            models,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
         )
         checkpointer = Checkpointer(CheckpointConfig(save=str(save)), state, directory)
         if resumes:
@@ -137,10 +139,17 @@ def test_resume_at_any_layout(tiny, undisturbed, tmp_path, world_size):
     [
         {"fp32": False},
         {"fp32": False, "learnable": True, "train_vision": True},
+        {"fp32": False, "offload": True},
         {"layout": PLAIN},
         {"layout": PLAIN, "fp32": False},
     ],
-    ids=["bf16", "bf16 with fp32 temperature and ViT", "fp32 optimizer of every rank", "bf16 optimizer of every rank"],
+    ids=[
+        "bf16",
+        "bf16 with fp32 temperature and ViT",
+        "bf16, offloaded",
+        "fp32 optimizer of every rank",
+        "bf16 optimizer of every rank",
+    ],
 )
 def test_resume_of_every_optimizer(tiny, tmp_path, options):
     layout = options.pop("layout", {})

@@ -1,6 +1,7 @@
 """What `examples/pretrain_sft.py` is configured by: the sections of their owners, and the rules between them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from umer1.data.loader import DataConfig
 from umer1.distributed.parallel import ParallelConfig
@@ -25,6 +26,18 @@ class RunConfig:
         return [] if 0 <= self.seed < 2**31 else [f"seed={self.seed} must lie between 0 and {2**31 - 1}"]
 
 
+def offload_violations(config: Any) -> list[str]:
+    """Broken rules of optimizer_cpu_offload; config: SFTConfig or GRPOConfig."""
+    if not config.optimizer.optimizer_cpu_offload:
+        return []
+    found = []
+    if config.model.fp32:
+        found.append("optimizer_cpu_offload moves the fp32 copies of bf16 weights, and fp32 has none; use bf16")
+    if not config.parallel.use_distributed_optimizer:
+        found.append("optimizer_cpu_offload needs use_distributed_optimizer, also for one rank")
+    return found
+
+
 @dataclass(kw_only=True, slots=True)
 class SFTConfig:
     """Stage 1, cold-start SFT."""
@@ -45,7 +58,9 @@ class SFTConfig:
         parts = (self.model, self.fp8, self.data, self.loss, self.optimizer, self.checkpoint, self.logging, self.watch)
         parts += (self.run,)
         found = [problem for part in parts for problem in part.violations()]
-        found += self.fp8_violations()
+        found += self.fp8_violations() + offload_violations(self)
+        if self.optimizer.optimizer_cpu_offload and self.loss.learnable_temperature:
+            found.append("optimizer_cpu_offload does not go with learnable_temperature, whose fp32 weight has no copy")
         budgets = (self.data.max_tokens_per_micro_batch, self.data.max_patches_per_micro_batch)
         if not self.loss.cached_contrastive and budgets != (None, None):
             found.append(
@@ -68,6 +83,8 @@ class SFTConfig:
                 "that goes on from one would begin with scales of 1; use tensorwise, or leave save unset"
             )
         if self.fp8.fp8_param_gather:
+            if self.optimizer.optimizer_cpu_offload:
+                found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
             if not self.parallel.use_distributed_optimizer:
                 found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
             found += [

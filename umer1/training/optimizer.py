@@ -9,6 +9,8 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from umer1.distributed.optimizer_offload import gradients_apart, move_to_host
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
@@ -34,6 +36,8 @@ class OptimizerConfig:
     """Second moment's decay."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
+    optimizer_cpu_offload: bool = False
+    """Keep AdamW's moments and the fp32 main weights of bf16 ones in host memory and update them there."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     max_consecutive_skips: int = 5
@@ -93,11 +97,19 @@ def build_optimizer(config: OptimizerConfig, models: list[torch.nn.Module], *, u
         # Says how FP8 weights are laid out; there are none without this.
         fp8_recipe=models[0].config.fp8_recipe if models[0].ddp_config.fp8_param_gather else None,
     )
+    if config.optimizer_cpu_offload:
+        for model in models:  # room for the main weights, which megatron makes on the device
+            model.offload_grad_buffers()
     # The standard overrides take biases and norms out of weight decay.
     overrides = get_standard_config_overrides(megatron_config)
     optimizer = get_megatron_optimizer(
         megatron_config, models, config_overrides=overrides, use_gloo_process_groups=False
     )
+    if config.optimizer_cpu_offload:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            move_to_host(part)
+        for model in models:
+            model.restore_grad_buffers()
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -130,6 +142,8 @@ def step_if_finite(optimizer, clip_grad: float, loss_is_finite: bool) -> tuple[b
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             parameters = part.get_parameters()
             if parameters:
-                megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
+                megatron_optimizer.clip_grad_by_total_norm_fp32(
+                    parameters, clip_grad, norm, use_decoupled_grad=gradients_apart(part)
+                )
     optimizer.step_with_ready_grads()
     return True, norm

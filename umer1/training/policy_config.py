@@ -11,7 +11,7 @@ from umer1.rl.config import RolloutConfig
 from umer1.rl.scoring import RewardConfig
 from umer1.training.build import ModelConfig
 from umer1.training.checkpoint import CheckpointConfig
-from umer1.training.config import RunConfig
+from umer1.training.config import RunConfig, offload_violations
 from umer1.training.metrics import LoggingConfig
 from umer1.training.optimizer import OptimizerConfig
 from umer1.training.watch_config import WatchConfig
@@ -112,6 +112,7 @@ class GRPOConfig:
         parts = (self.model, self.data, self.rollout, self.reward, self.policy, self.heldout)
         parts += (self.optimizer, self.checkpoint, self.logging, self.watch, self.run)
         found = [problem for part in parts for problem in part.violations()]
+        found += offload_violations(self)
         if self.prompt_length < 1:
             found.append(
                 f"max_completion_length={self.rollout.max_completion_length} leaves no room for a prompt in "
