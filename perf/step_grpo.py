@@ -48,11 +48,17 @@ ABOUT = (
 class FixedPrompts:
     """The same pairs every step."""
 
+    is_source = True
+
     def __init__(self, pairs: list[PromptPair]):
         self.pairs = pairs
 
     def next(self) -> list[PromptPair]:
         return self.pairs
+
+    def take_drawn(self) -> list:
+        """No samples of a file to name."""
+        return []
 
     def state_dict(self) -> None:
         return None

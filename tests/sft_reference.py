@@ -160,13 +160,21 @@ def loss(reference: Reference, root: Path, records: list[dict], *, temperature: 
 
 
 def train(
-    directory: Path, data: Path, *, steps: int, lr: float, clip: float, train_vision: bool = False
+    directory: Path,
+    data: Path,
+    *,
+    steps: int,
+    lr: float,
+    clip: float,
+    train_vision: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, torch.Tensor]:
     """Weights after `steps` AdamW steps on all pairs of the file at once; names as transformers has them.
 
-    In fp64: the gradient of a key's bias nearly cancels, and in fp32 the reference's own error reaches 1e-4 there.
+    In fp64: the gradient of a key's bias nearly cancels, and in fp32 the reference's own error passes 1e-4 there on
+    some processors.
     """
-    reference = Reference(directory, torch.float64)
+    reference = Reference(directory, dtype)
     records = json.loads(data.read_text())
     for name, parameter in reference.model.named_parameters():
         frozen = ".visual." in name and ".merger." not in name and not train_vision

@@ -13,6 +13,7 @@ import torch
 
 from umer1.models.qwen2_vl.directory import SpecialTokens
 from umer1.rl.engines.vllm_answers import Answers, unexpanded
+from umer1.rl.engines.vllm_server import Session
 from umer1.rl.engines.vllm_staging import Assembler, StagingBuffer, StagingView, fill
 from umer1.rl.engines.vllm_wire import Channel, ConnectionLost, Message, WireError
 from umer1.rl.types import Request
@@ -62,6 +63,16 @@ def test_nobody_waits_for_ever(pair):
     with pytest.raises(ConnectionLost):
         while True:
             one.poll(1.0)
+
+
+def test_a_cancel_that_comes_after_the_end_is_no_command(pair):
+    """A trainer may break off what the engine has just finished; its next command must not meet a refusal."""
+    trainer, engine = pair
+    session = Session(core=None)
+    session.answer(engine, Message("cancel", {}, []))
+    assert trainer.poll(0.1) is None
+    session.answer(engine, Message("dance", {}, []))
+    assert trainer.poll(1.0).op == "refused"
 
 
 def frame(header: bytes, magic: bytes = b"UMER", length: int | None = None) -> bytes:

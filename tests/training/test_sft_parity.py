@@ -79,14 +79,21 @@ def hub_name(name: str) -> str:
     return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
-def assert_same_weights(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], before: dict) -> None:
-    """Relative error of every tensor <= 1e-4, and of its change since the start <= 1%."""
+def assert_same_weights(got: dict, want: dict, before: dict, own: dict | None = None) -> None:
+    """Relative error of every tensor <= 1e-4, and of its change since the start <= 1%.
+
+    own: transformers' weights in fp32, if known.  A key's bias, whose gradient nearly cancels and is then scaled up by
+    AdamW, may be off by twice what they are: they alone pass 1e-4 on some processors.
+    """
     names = {hub_name(name): name for name in want}
     checked = 0
     for name, tensor in got.items():
         truth = want[names[name]]
         error = float((tensor - truth).norm() / truth.norm())
-        assert error <= 1e-4, f"{name}: relative error {error:.2e}"
+        limit = 1e-4
+        if own and name.endswith("k_proj.bias"):
+            limit = max(limit, 2 * float((own[names[name]] - truth).norm() / truth.norm()))
+        assert error <= limit, f"{name}: relative error {error:.2e}, above {limit:.2e}"
         moved = float((truth - before[names[name]]).norm())
         if moved > 0:
             share = float((tensor - truth).norm()) / moved
@@ -107,7 +114,8 @@ def case(tmp_path_factory):
             data = write_pairs(folder / "data", negatives=negatives)
             start = train(model, data, steps=0, lr=LR, clip=CLIP)
             want = train(model, data, steps=STEPS, lr=LR, clip=CLIP, train_vision=train_vision)
-            made[name] = model, data, start, want
+            own = train(model, data, steps=STEPS, lr=LR, clip=CLIP, train_vision=train_vision, dtype=torch.float32)
+            made[name] = model, data, start, want, own
         return made[name]
 
     return make
@@ -115,20 +123,20 @@ def case(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(case, layout, tmp_path):
-    model, data, start, want = case("tied")
-    assert_same_weights(run_sft(model, data, tmp_path / "out", *LAYOUTS[layout]), want, start)
+    model, data, start, want, own = case("tied")
+    assert_same_weights(run_sft(model, data, tmp_path / "out", *LAYOUTS[layout]), want, start, own)
 
 
 @pytest.mark.parametrize("layout", FEW)
 def test_untied_with_trained_vision(case, layout, tmp_path):
     options = {"tied": False, "kv_heads": 4, "mrope_section": (2, 4, 2), "vocab_rows": 417, "old_format": True}
-    model, data, start, want = case("untied", train_vision=True, **options)
+    model, data, start, want, own = case("untied", train_vision=True, **options)
     processes, flags = LAYOUTS[layout]
     got = run_sft(model, data, tmp_path / "out", processes, flags + " --train-vision")
-    assert_same_weights(got, want, start)
+    assert_same_weights(got, want, start, own)
 
 
 @pytest.mark.parametrize("layout", ["dp1", *FEW])
 def test_hard_negatives(case, layout, tmp_path):
-    model, data, start, want = case("negatives", negatives=True)
-    assert_same_weights(run_sft(model, data, tmp_path / "out", *LAYOUTS[layout]), want, start)
+    model, data, start, want, own = case("negatives", negatives=True)
+    assert_same_weights(run_sft(model, data, tmp_path / "out", *LAYOUTS[layout]), want, start, own)

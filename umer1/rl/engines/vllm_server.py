@@ -45,6 +45,8 @@ class Session:
             "sleep": self._sleep,
             "wake": self._wake,
         }
+        if message.op == "cancel":  # of a generation that was finished while the word was under way
+            return
         try:
             if message.op not in commands:
                 raise RequestError(f"unknown command {message.op[:40]!r}")
