@@ -1,7 +1,8 @@
 """A stand-in for Transformer Engine's delayed scaling: what it does to `fp8_meta`, on the CPU, by its documented order.
 
-Not Transformer Engine: values are rounded to e4m3 and back, and products are made in fp32.  What it has in common with
-it is when histories are written, when scales move, and what is put aside for recomputation.
+Not Transformer Engine: inputs are rounded to e4m3 and gradients of outputs to e5m2 and back, and products are made in
+fp32.  What it has in common with it is what a module holds and which call makes it, when histories are written, when
+scales move (backward's: once a step here), and what is put aside for recomputation.
 """
 
 from collections import deque
@@ -10,7 +11,8 @@ from types import SimpleNamespace
 
 import torch
 
-LARGEST = 448.0  # of e4m3
+LARGEST = {"scaling_fwd": 448.0, "scaling_bwd": 57344.0}  # of e4m3 and e5m2
+TENSORS = {"scaling_fwd": 3, "scaling_bwd": 2}  # input, weight and output; gradients of output and input
 
 
 class StandInTransformerEngine:
@@ -27,14 +29,19 @@ class StandInTransformerEngine:
         linear.fp8_meta = {}
         linear.aside = deque()
         plain = linear.forward
+        linear.init_fp8_meta_tensors = lambda recipe: self._make_state(linear)
         linear.forward = lambda x, *args, **kwargs: self._forward(linear, plain, x, *args, **kwargs)
         self.modules.append(linear)
 
+    def _make_state(self, linear) -> None:
+        for key, count in TENSORS.items():
+            linear.fp8_meta[key] = SimpleNamespace(
+                amax_history=torch.zeros(self.history_length, count), scale=torch.ones(count)
+            )
+
     def _forward(self, linear, plain, x, *args, **kwargs):
         if "scaling_fwd" not in linear.fp8_meta:
-            linear.fp8_meta["scaling_fwd"] = SimpleNamespace(
-                amax_history=torch.zeros(self.history_length, 1), scale=torch.ones(1)
-            )
+            self._make_state(linear)
         state = linear.fp8_meta["scaling_fwd"]
         if self.phase == "again":
             updated = state.amax_history.clone(), state.scale.clone()
@@ -44,13 +51,28 @@ class StandInTransformerEngine:
         elif self.phase == "first" and linear.training and not self.blind:
             linear.aside.append((state.amax_history.clone(), state.scale.clone()))
         if not self.blind:
-            state.amax_history[0].copy_(torch.maximum(state.amax_history[0], x.detach().abs().max()))
-        rounded = (x.detach() * state.scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() / state.scale
+            self._note(state, x)
+        rounded = self._round(x.detach(), state.scale[0], "scaling_fwd", torch.float8_e4m3fn)
         result = plain(x + (rounded - x.detach()), *args, **kwargs)
+        output = result[0] if isinstance(result, tuple) else result
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._backward(linear.fp8_meta["scaling_bwd"], gradient))
         if self.phase == "again":
             state.amax_history.copy_(updated[0])
             state.scale.copy_(updated[1])
         return result
+
+    def _backward(self, state: SimpleNamespace, gradient: torch.Tensor) -> torch.Tensor:
+        self._note(state, gradient)
+        return self._round(gradient, state.scale[0], "scaling_bwd", torch.float8_e5m2)
+
+    @staticmethod
+    def _note(state: SimpleNamespace, x: torch.Tensor) -> None:
+        state.amax_history[0, 0].copy_(torch.maximum(state.amax_history[0, 0], x.detach().abs().max()))
+
+    @staticmethod
+    def _round(x: torch.Tensor, scale: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
+        return (x * scale).clamp(-LARGEST[key], LARGEST[key]).to(dtype).float() / scale
 
     def autocast(self, block: torch.nn.Module) -> None:
         """Wrap a transformer block's forward as an autocast region; its end moves histories into scales."""
@@ -59,15 +81,22 @@ class StandInTransformerEngine:
         def forward(*args, **kwargs):
             result = plain(*args, **kwargs)
             if torch.is_grad_enabled():
-                for module in self.modules:
-                    self._update(module.fp8_meta["scaling_fwd"])
+                self._update("scaling_fwd")
             return result
 
         block.forward = forward
 
-    def _update(self, state: SimpleNamespace) -> None:
+    def end_backward(self) -> None:
+        """Move the histories of backward passes into scales."""
+        self._update("scaling_bwd")
+
+    def _update(self, key: str) -> None:
+        for module in self.modules:
+            self._update_state(module.fp8_meta[key], LARGEST[key])
+
+    def _update_state(self, state: SimpleNamespace, most: float) -> None:
         largest = state.amax_history.amax(0) if self.algorithm == "max" else state.amax_history[0]
-        state.scale.copy_(torch.where(largest > 0, LARGEST / largest, state.scale))
+        state.scale.copy_(torch.where(largest > 0, most / largest, state.scale))
         state.amax_history.copy_(state.amax_history.roll(-1, 0))
         state.amax_history[0].zero_()
 
@@ -95,5 +124,5 @@ class StandInTransformerEngine:
 
     def state(self) -> list[torch.Tensor]:
         """Histories and scales, one after the other."""
-        states = [module.fp8_meta["scaling_fwd"] for module in self.modules]
+        states = [module.fp8_meta[key] for module in self.modules for key in TENSORS]
         return [tensor.clone() for state in states for tensor in (state.amax_history, state.scale)]

@@ -62,6 +62,7 @@ def train(tiny, batches, monkeypatch, *, first_pass, recompute, algorithm="max",
             models[0].zero_grad_buffer()
             step = SFTStep(LossConfig(), totals, state.groups.dp, train_vision=False)
             losses.append(forward_backward(models, batches, step, state, several=True))
+            engine.end_backward()
             states.append(engine.state())
             with torch.no_grad():  # so that the next step's values differ
                 for parameter in models[0].parameters():
@@ -150,9 +151,7 @@ def test_delayed_and_param_gather_reach_megatron(tiny):
 
 def test_refusals_between_sections(tmp_path):
     delayed = FP8Config(fp8_format="e4m3", fp8_recipe="delayed")
-    assert SFTConfig(fp8=delayed).violations() == []
-    (problem,) = SFTConfig(fp8=delayed, checkpoint=CheckpointConfig(save=str(tmp_path))).violations()
-    assert "fp8_recipe=delayed does not go with save" in problem
+    assert SFTConfig(fp8=delayed, checkpoint=CheckpointConfig(save=str(tmp_path))).violations() == []
     gather = FP8Config(fp8_format="hybrid", fp8_param_gather=True)
     assert SFTConfig(fp8=gather).violations() == []
     config = SFTConfig(

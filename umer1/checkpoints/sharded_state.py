@@ -1,6 +1,7 @@
 """Model and optimizer to and from megatron's torch_dist format, independent of TP, PP, VPP and DP.
 
-The sharded part holds tensors only: objects would be pickled, and nothing that umer1 needs is one.
+The sharded part holds tensors only: objects would be pickled, and nothing that umer1 needs is one.  What Transformer
+Engine would pickle of FP8's delayed scaling goes with the optimizer's state as tensors (fp8_state.py).
 """
 
 import gc
@@ -29,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
+from umer1.checkpoints.fp8_state import scaling_to_load, scaling_to_save, take_scaling
 from umer1.distributed.optimizer_checkpoint import mend
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
@@ -77,7 +79,10 @@ def write_sharded(directory: Path, models: list[torch.nn.Module], optimizer: Any
     if parallel.dp_size > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, parallel.groups.dp)
     # The steps of dist_checkpointing.save, whose first and last would leave the other ranks waiting if rank 0 failed.
-    sharded, common = save_preprocess(_sharded_state(models, optimizer, is_loading=False))
+    state = _sharded_state(models, optimizer, is_loading=False)
+    if optimizer is not None:
+        state["fp8_scaling"] = scaling_to_save(models, parallel)
+    sharded, common = save_preprocess(state)
     _on_rank_0(
         parallel, directory, lambda: torch.save(common | {"content_metadata": _METADATA}, directory / "common.pt")
     )
@@ -112,6 +117,8 @@ def read_sharded(directory: Path, models: list[torch.nn.Module], optimizer: Any,
         strategy = FullyParallelLoadStrategyWrapper(strategy, parallel.groups.dp)
     try:
         state = _sharded_state(models, optimizer, is_loading=True)
+        if optimizer is not None:
+            state["fp8_scaling"] = scaling_to_load(models, directory, parallel)
         with warnings.catch_warnings():
             # torch tells its callers, here megatron, not to use ShardedTensor any more
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -124,6 +131,7 @@ def read_sharded(directory: Path, models: list[torch.nn.Module], optimizer: Any,
         if unexpected or any(not name.endswith("_extra_state") for name in missing):
             raise AssertionError(f"missing {missing}, unexpected {unexpected}")
     if optimizer is not None:
+        take_scaling(models, loaded["fp8_scaling"], parallel)
         settings = [_own_settings(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(loaded["optimizer"])
         for group, own in zip(optimizer.param_groups, settings, strict=True):
@@ -142,7 +150,7 @@ def _sharded_state(models: list[torch.nn.Module], optimizer: Any, *, is_loading:
 
 
 def _tensors_only(value: Any) -> Any:
-    """Without ShardedObjects: the extra states of layers, empty but for FP8 with delayed scaling, which is not used."""
+    """Without ShardedObjects: the extra states of layers, pickled and empty but for FP8 with delayed scaling."""
     if isinstance(value, dict):
         return {key: _tensors_only(item) for key, item in value.items() if not isinstance(item, ShardedObject)}
     return value

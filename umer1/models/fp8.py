@@ -16,9 +16,10 @@ from umer1 import device
 
 # The CUDA compute capability that each recipe's kernels begin with.
 CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-# The Transformer Engine that megatron-core 0.16.1 takes each recipe from (megatron.core.fp8_utils.get_fp8_recipe), and
-# the one that its distributed optimizer casts fp32 to FP8 weights with.
-VERSIONS = {"tensorwise": "2.2.0", "delayed": "1.0.0", "blockwise": "2.3.0", "mxfp8": "2.1.0"}
+# The Transformer Engine that megatron-core 0.16.1 takes each recipe from (megatron.core.fp8_utils.get_fp8_recipe;
+# delayed is older, but since 2.0 a module's histories can be made before its first pass), and the one that its
+# distributed optimizer casts fp32 to FP8 weights with.
+VERSIONS = {"tensorwise": "2.2.0", "delayed": "2.0.0", "blockwise": "2.3.0", "mxfp8": "2.1.0"}
 PARAM_GATHER_VERSION = "2.2.0"
 FORMATS = ("hybrid", "e4m3")
 AMAX_ALGORITHMS = ("most_recent", "max")

@@ -1,4 +1,5 @@
-"""Delayed scaling's memory: what Transformer Engine's modules know of largest values, kept over a pass without a graph.
+"""Delayed scaling's memory: what Transformer Engine's modules know of largest values, kept over a pass without a graph
+and taken out and put back for checkpoints.
 
 Under delayed scaling a module's `fp8_meta["scaling_fwd"]` and `["scaling_bwd"]` hold `amax_history` [length, tensors]
 and `scale` [tensors].  A forward pass writes its largest values into row 0 of the history; leaving the autocast region
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import fp8_utils
 
 _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 
@@ -52,3 +54,35 @@ def _delayed(module: Any) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tenso
         state = module.fp8_meta.get(key)
         if hasattr(state, "amax_history"):
             yield key, (state.amax_history, state.scale)
+
+
+def delayed_linears(layer: torch.nn.Module) -> dict[str, Any]:
+    """Name -> module of `layer`'s FP8 linears, their histories and scales made where no pass has yet.
+
+    Attention's module has an `fp8_meta` too; its scales stay 1, for attention does not multiply in FP8.
+    """
+    found = {name: m for name, m in layer.named_modules() if hasattr(m, "fp8_meta") and hasattr(m, "weight")}
+    for module in found.values():
+        if not all(key in module.fp8_meta for key in _DIRECTIONS):
+            # What Transformer Engine's own `set_extra_state` does before it copies; the first pass keeps what it finds.
+            recipe = fp8_utils.get_fp8_recipe(module.config)
+            module.fp8_meta |= {"num_gemms": 1, "recipe": recipe}
+            module.init_fp8_meta_tensors(recipe)
+    return found
+
+
+def scaling_state(module: Any) -> torch.Tensor:
+    """fp32 [length + 1, tensors]: histories with the newest row last, then the scales; forward's tensors first."""
+    return torch.cat([torch.cat([history, scale[None]]) for _, (history, scale) in _delayed(module)], dim=1)
+
+
+@torch.no_grad()
+def set_scaling_state(module: Any, state: torch.Tensor) -> None:
+    """Put a `scaling_state` back, in place; of a longer history the newest rows, to a shorter one zeros before them."""
+    sizes = [scale.numel() for _, (_, scale) in _delayed(module)]
+    for (_, (history, scale)), part in zip(_delayed(module), state.split(sizes, dim=1), strict=True):
+        # Row 0 is the one that the next pass writes: it is zero between two steps.
+        rows = min(len(history), len(part) - 1) - 1
+        history.zero_()
+        history[len(history) - rows :].copy_(part[len(part) - 1 - rows : -1])
+        scale.copy_(part[-1])

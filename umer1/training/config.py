@@ -77,11 +77,6 @@ class SFTConfig:
             return found
         if self.model.fp32:
             found.append("fp8_format and fp32 are both set; FP8 multiplies bf16 weights: leave fp32 away")
-        if self.fp8.fp8_recipe == "delayed" and self.checkpoint.save is not None:
-            found.append(
-                "fp8_recipe=delayed does not go with save: checkpoints hold no histories of largest values, and a run "
-                "that goes on from one would begin with scales of 1; use tensorwise, or leave save unset"
-            )
         if self.fp8.fp8_param_gather:
             if self.optimizer.optimizer_cpu_offload:
                 found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
