@@ -40,7 +40,12 @@ def main() -> None:
         return
     end_with_launcher()
     with exit_on_user_error("grpo"):
-        config, directory = read_command_line(GRPOConfig, sys.argv[1:], DEFAULT_CONFIG, default_policy_violations)
+        config, directory = read_command_line(
+            GRPOConfig,
+            sys.argv[1:],
+            DEFAULT_CONFIG,
+            lambda config: default_policy_violations(config) + config.fp8.machine_violations(),
+        )
         with init_distributed(config.parallel, seed=config.run.seed) as state:
             prepare_default_prompts(config, state)
             GRPOTrainer(config, directory, state).fit()

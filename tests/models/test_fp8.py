@@ -1,5 +1,6 @@
 """FP8's settings, refusals and padding, as far as they go without a GPU; no product is made in FP8 here."""
 
+import numpy as np
 import pytest
 import torch
 from data_tools import make_processor, record, record_side, write_picture, write_records
@@ -8,16 +9,21 @@ from tiny_qwen2_vl import make_tiny_directory
 from umer1 import device
 from umer1.data.dataset import PairDataset
 from umer1.data.packing import pack
+from umer1.data.schema import Prompt, PromptPair, Sequence
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.losses.contrastive import LossConfig
 from umer1.models import fp8 as fp8_module
 from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.megatron_config import decoder_config
+from umer1.rl.types import Completion
 from umer1.training.build import ModelConfig, build_training_model
 from umer1.training.config import SFTConfig
 from umer1.training.forward_step import SFTStep, Totals
 from umer1.training.grad_cache import forward_backward
+from umer1.training.policy_batches import Round, SpecialIds
+from umer1.training.policy_config import GRPOConfig
+from umer1.training.scoring import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,35 @@ def test_token_multiples():
     assert multiples["tensorwise"].token_multiple(1) == 16
     assert multiples["mxfp8"].token_multiple(4) == 128
     assert FP8Config().token_multiple(4) == 4
+
+
+def test_grpo_has_the_same_rules_and_none_of_the_fp8_weights():
+    fp8 = FP8Config(fp8_format="hybrid", fp8_param_gather=True)
+    found = "\n".join(GRPOConfig(model=ModelConfig(fp32=True), fp8=fp8).violations())
+    assert "fp8_format and fp32 are both set" in found and "fp8_param_gather is for SFT" in found
+    assert GRPOConfig(fp8=FP8Config(fp8_format="hybrid", fp8_recipe="delayed")).violations() == []
+
+
+def test_rollouts_are_padded_as_the_recipe_needs(tiny):
+    """Also the micro-batch of a rank that has no rollouts."""
+    config = GRPOConfig(fp8=FP8Config(fp8_format="hybrid"))
+    nothing = dict(pixel_values=torch.zeros(0, 1176), grid_thw=torch.zeros(0, 3, dtype=torch.int64), gen_index=-1)
+    prompts = []
+    for length in (5, 9):
+        ids = torch.arange(length) + 10
+        places = dict(position_ids=ids.expand(3, -1).clone(), disc_index=length - 1, prompt_length=length)
+        prompts.append(Prompt(Sequence(input_ids=ids, labels=torch.full_like(ids, -100), **places, **nothing)))
+    answers = [Completion([20] * length, np.zeros(length, np.float32), "stop") for length in (3, 7, 4, 5)]
+    round_ = Round([PromptPair(*prompts, index=0, slot=0)], answers, 2)
+    with init_distributed(ParallelConfig()) as state:
+        scorer = Scorer(config, SpecialIds(1, 2, (3, 4)), None, state)
+        (batch,) = scorer.batches(round_, [0])
+        (empty,) = scorer.batches(round_, [])
+    assert len(batch.input_ids) == 48 and int(batch.cu_seqlens[-2]) == 2 * (5 + 9) + 3 + 7 + 4 + 5
+    assert len(empty.input_ids) == 16 and not empty.rollouts
+    for each in (batch, empty):
+        assert int(each.cu_seqlens[-1]) == len(each.input_ids) == each.position_ids.shape[1]
+        assert each.max_seqlen == int(each.cu_seqlens.diff().max())
 
 
 def test_padding_changes_neither_loss_nor_gradients(tiny, tmp_path):

@@ -112,6 +112,11 @@ class FP8Config:
             if getattr(self, name) > most
         ]
 
+    def keeps_in_bf16(self, layer: int, num_layers: int) -> bool:
+        """Whether layer `layer` of the whole decoder stays in bf16 beside FP8 ones."""
+        ends = self.num_layers_at_start_in_bf16, num_layers - self.num_layers_at_end_in_bf16
+        return self.first_last_layers_bf16 and not ends[0] <= layer < ends[1]
+
     def token_multiple(self, sequence_parallel_ranks: int) -> int:
         """What a micro-batch's token count must be a multiple of, on ranks that each hold an equal part of it."""
         if self.fp8_format is None:

@@ -18,7 +18,9 @@ import torch
 
 from umer1.distributed.parallel import ParallelConfig
 from umer1.models.attention import SDPAPlan
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.plan.fp8 import saved_change
 
 Kernel = Literal["sdpa", "te"]
 
@@ -37,6 +39,8 @@ class LayerBytes:
     """What selective recomputation saves of `saved`."""
     input: int
     """The residual stream between two layers."""
+    fp8_change: int = 0
+    """What FP8 adds to `saved` (mostly takes from it), for its layers among those that stay in bf16."""
 
 
 def attention_slots(cu_seqlens: torch.Tensor, *, causal: bool, kernel: Kernel) -> tuple[int, bool]:
@@ -59,7 +63,13 @@ def _attention(tokens: int, slots: int, padded: bool, q: float, k: float, heads:
 
 
 def decoder_layer(
-    config: Qwen2VLConfig, parallel: ParallelConfig, cu_seqlens: torch.Tensor, *, itemsize: int, kernel: Kernel
+    config: Qwen2VLConfig,
+    parallel: ParallelConfig,
+    cu_seqlens: torch.Tensor,
+    *,
+    itemsize: int,
+    kernel: Kernel,
+    fp8: FP8Config,
 ) -> LayerBytes:
     """Of the decoder; cu_seqlens bounds the packed sequences, padding included."""
     tp, a = parallel.tensor_model_parallel_size, itemsize
@@ -79,7 +89,8 @@ def decoder_layer(
         (2 * f * tokens + 2 * h * shard) * a,  # of silu(gate) * up: three gradients of f, the product is gone
         (-3 * f * tokens + 2 * h * shard) * a + weight,  # of fc1: its weight's gradient, and 2 f that come in
     )
-    return LayerBytes(int(saved), int(forward), int(backward + gathered), int(dropped), a * h * shard)
+    change = saved_change(fp8, norms=2 * h * shard, attention=q * tokens, product=f * tokens, itemsize=a)
+    return LayerBytes(int(saved), int(forward), int(backward + gathered), int(dropped), a * h * shard, change)
 
 
 def vision_layer(

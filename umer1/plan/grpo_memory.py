@@ -60,6 +60,7 @@ def grpo_memory(setup: Setup, stage: int, works: list[PolicyWork], dp_rank: int 
     layout, config = setup.layout, setup.config
     states, line = setup.states(stage, dp_rank), Timeline()
     line.hold("weights", states.parameters, "start")
+    line.hold("FP8 weights", setup.fp8_weights(stage), "start")
     line.hold("gradients", states.gradients, "start")
     line.hold("optimizer states", states.optimizer, "start")
     trained = states.trained * setup.itemsize

@@ -19,7 +19,10 @@ class StagePasses:
     def __init__(self, setup: Setup, stage: int, line: Timeline, *, kinds: int, cross_entropy: bool):
         self.setup, self.line, self.kinds, self.cross_entropy = setup, line, kinds, cross_entropy
         self.first, self.last = stage == 0, stage == setup.layout.pp - 1
-        self.layers = [len(part) for part in stage_layers(setup.parallel, setup.model.num_layers, stage)]
+        numbers = stage_layers(setup.parallel, setup.model.num_layers, stage)
+        self.layers = [len(part) for part in numbers]
+        fp8 = setup.config.fp8
+        self.in_fp8 = [[not fp8.keeps_in_bf16(number, setup.model.num_layers) for number in part] for part in numbers]
         self.train_vision = setup.config.model.train_vision
         self.vision_features: set[int] = set()
         self.shares: dict[int, Frames] = {}  # by id(batch)
@@ -36,6 +39,7 @@ class StagePasses:
             batch.cu_seqlens,
             itemsize=self.setup.itemsize,
             kernel=self.setup.kernel,
+            fp8=self.setup.config.fp8,
         )
 
     def vision(self, batch: PackedBatch) -> LayerBytes:
@@ -145,10 +149,11 @@ class StagePasses:
         if full and parallel.recompute_method == "block":
             recomputed = min(parallel.recompute_num_layers or 1, count)
             activations = recomputed * layer.input + (count - recomputed) * saved
+            activations += sum(self.in_fp8[chunk][recomputed:]) * layer.fp8_change
         elif full:
             activations = -(-count // (parallel.recompute_num_layers or 1)) * layer.input
         else:
-            activations = count * saved
+            activations = count * saved + sum(self.in_fp8[chunk]) * layer.fp8_change
         found = {"activations": activations}
         if self.first and chunk == 0 and num_patches(batch):
             found["activations"] += self.merger(batch)
@@ -213,7 +218,7 @@ class StagePasses:
         again = 0
         if full and self.recomputes_last(chunk):
             group = 1 if parallel.recompute_method == "block" else parallel.recompute_num_layers or 1
-            again = min(group, count) * layer.saved - layer.input
+            again = min(group, count) * layer.saved + sum(self.in_fp8[chunk][-group:]) * layer.fp8_change - layer.input
         self.line.touch("backward", working=again + layer.backward, gradient=layer.input)
         vision = kept.pop("ViT activations", 0)
         for name, size in kept.items():

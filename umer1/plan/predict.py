@@ -58,7 +58,8 @@ class Plan:
         """While responses are made: the trainer's states and the engine's share of the device."""
         stages = range(self.setup.layout.pp)
         taken = self.rollouts.device_bytes if self.rollouts else 0
-        return max(self.setup.states(stage).total for stage in stages) + taken
+        setup = self.setup
+        return max(setup.states(stage).total + setup.fp8_weights(stage) for stage in stages) + taken
 
     def problems(self) -> list[str]:
         """Why the run would not fit, with what to change."""

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from umer1.configuration import to_yaml
+from umer1.models.fp8 import FP8Config
 from umer1.plan.predict import Plan
 from umer1.plan.settings import PlanConfig
 from umer1.plan.timeline import Timeline
@@ -80,7 +81,7 @@ def _run(plan: Plan) -> str:
         "layout": f"TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
         + (f", {layout.virtual} virtual stages" if layout.virtual > 1 else "")
         + (", sequence-parallel" if parallel.sequence_parallel else ""),
-        "precision": "bf16, fp32 main weights" if setup.itemsize == 2 else "fp32",
+        "precision": ("bf16, fp32 main weights" if setup.itemsize == 2 else "fp32") + _fp8(setup.config.fp8),
         "recomputation": recompute,
         "overlapped": parallel.overlapped,
         "global batch": f"{data.global_batch_size} pairs, {data.global_batch_size // layout.dp} a data-parallel rank; "
@@ -91,6 +92,12 @@ def _run(plan: Plan) -> str:
     if plan.negatives is not None:
         rows["negatives per query"] = f"{plan.negatives} + hard negatives of the data, if any"
     return _rows("Run", rows)
+
+
+def _fp8(fp8: FP8Config) -> str:
+    if fp8.fp8_format is None:
+        return ""
+    return f"; the decoder's products in FP8 ({fp8.fp8_recipe}), its memory never measured, its speed counted as bf16's"
 
 
 def _ranks(plan: Plan) -> str:

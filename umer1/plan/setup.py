@@ -11,10 +11,10 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.activations import Kernel
 from umer1.plan.buffers import StateBytes, state_bytes
+from umer1.plan.fp8 import weight_bytes
 from umer1.plan.hardware import Hardware
 from umer1.plan.layout import Layout
 from umer1.plan.parameters import stage_parameters
-from umer1.training.config import SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class Setup:
     def padding(self) -> int:
         """What a micro-batch's tokens are a multiple of."""
         ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
-        return self.config.fp8.token_multiple(ranks) if isinstance(self.config, SFTConfig) else ranks
+        return self.config.fp8.token_multiple(ranks)
 
     def states(self, stage: int, dp_rank: int = 0) -> StateBytes:
         """What stays from step to step on a rank of pipeline stage `stage`."""
@@ -64,6 +64,11 @@ class Setup:
         return state_bytes(
             chunks, self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
         )
+
+    def fp8_weights(self, stage: int) -> int:
+        """What the FP8 copies of a rank's matrices take beside its weights."""
+        chunks = stage_parameters(self.model, self.parallel, stage, self.config.model.train_vision)
+        return weight_bytes(self.config.fp8, chunks, self.model.num_layers)
 
     @property
     def vision_ranks(self) -> int:

@@ -16,6 +16,7 @@ def sft_memory(setup: Setup, stage: int, batches: list[PackedBatch], dp_rank: in
     states = setup.states(stage, dp_rank)
     line = Timeline()
     line.hold("weights", states.parameters, "start")
+    line.hold("FP8 weights", setup.fp8_weights(stage), "start")
     line.hold("gradients", states.gradients, "start")
     line.hold("optimizer states", states.optimizer, "start")
     kinds = sum(weight > 0 for weight in config.loss.weights()[:2])

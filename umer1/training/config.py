@@ -38,6 +38,30 @@ def offload_violations(config: Any) -> list[str]:
     return found
 
 
+def fp8_violations(config: Any) -> list[str]:
+    """Every broken rule between FP8 and the other sections of an SFTConfig or GRPOConfig."""
+    found, fp8 = [], config.fp8
+    if fp8.fp8_format is None:
+        return found
+    if config.model.fp32:
+        found.append("fp8_format and fp32 are both set; FP8 multiplies bf16 weights: leave fp32 away")
+    if fp8.fp8_param_gather:
+        if config.optimizer.optimizer_cpu_offload:
+            found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
+        if not config.parallel.use_distributed_optimizer:
+            found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
+        found += [
+            f"fp8_param_gather does not go with {name}: weights in FP8 have no way into files or out of them yet"
+            for name, value in (
+                ("save", config.checkpoint.save),
+                ("load", config.checkpoint.load),
+                ("export_hf", config.model.export_hf),
+            )
+            if value is not None
+        ]
+    return found
+
+
 @dataclass(kw_only=True, slots=True)
 class SFTConfig:
     """Stage 1, cold-start SFT."""
@@ -58,7 +82,7 @@ class SFTConfig:
         parts = (self.model, self.fp8, self.data, self.loss, self.optimizer, self.checkpoint, self.logging, self.watch)
         parts += (self.run,)
         found = [problem for part in parts for problem in part.violations()]
-        found += self.fp8_violations() + offload_violations(self)
+        found += fp8_violations(self) + offload_violations(self)
         if self.optimizer.optimizer_cpu_offload and self.loss.learnable_temperature:
             found.append("optimizer_cpu_offload does not go with learnable_temperature, whose fp32 weight has no copy")
         budgets = (self.data.max_tokens_per_micro_batch, self.data.max_patches_per_micro_batch)
@@ -68,29 +92,6 @@ class SFTConfig:
                 "many: leave max_tokens_per_micro_batch and max_patches_per_micro_batch unset, or use "
                 "--cached-contrastive"
             )
-        return found
-
-    def fp8_violations(self) -> list[str]:
-        """Every broken rule between FP8 and the other sections."""
-        found = []
-        if self.fp8.fp8_format is None:
-            return found
-        if self.model.fp32:
-            found.append("fp8_format and fp32 are both set; FP8 multiplies bf16 weights: leave fp32 away")
-        if self.fp8.fp8_param_gather:
-            if self.optimizer.optimizer_cpu_offload:
-                found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
-            if not self.parallel.use_distributed_optimizer:
-                found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
-            found += [
-                f"fp8_param_gather does not go with {name}: weights in FP8 have no way into files or out of them yet"
-                for name, value in (
-                    ("save", self.checkpoint.save),
-                    ("load", self.checkpoint.load),
-                    ("export_hf", self.model.export_hf),
-                )
-                if value is not None
-            ]
         return found
 
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:

@@ -48,7 +48,9 @@ class GRPOTrainer(Trainer):
         self.phase: RolloutPhase = make_phase(config, directory, state)
         weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
         source = PromptSource(config, directory, state)
-        models = build_training_model(config.model, config.parallel, directory, state, weights_follow=weights_follow)
+        models = build_training_model(
+            config.model, config.parallel, directory, state, weights_follow=weights_follow, fp8=config.fp8
+        )
         super().__init__(config, directory, state, source, models)
         special = directory.special
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))

@@ -6,12 +6,13 @@ from typing import Literal
 
 from umer1.data.loader import DataConfig
 from umer1.distributed.parallel import ParallelConfig
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.rl.config import RolloutConfig
 from umer1.rl.scoring import RewardConfig
 from umer1.training.build import ModelConfig
 from umer1.training.checkpoint import CheckpointConfig
-from umer1.training.config import RunConfig, offload_violations
+from umer1.training.config import RunConfig, fp8_violations, offload_violations
 from umer1.training.metrics import LoggingConfig
 from umer1.training.optimizer import OptimizerConfig
 from umer1.training.watch_config import WatchConfig
@@ -90,6 +91,7 @@ class GRPOConfig:
     """Stage 2, GRPO."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -109,10 +111,12 @@ class GRPOConfig:
 
     def violations(self) -> list[str]:
         """Every broken rule that needs neither the model's files nor the number of processes."""
-        parts = (self.model, self.data, self.rollout, self.reward, self.policy, self.heldout)
+        parts = (self.model, self.fp8, self.data, self.rollout, self.reward, self.policy, self.heldout)
         parts += (self.optimizer, self.checkpoint, self.logging, self.watch, self.run)
         found = [problem for part in parts for problem in part.violations()]
-        found += offload_violations(self)
+        found += fp8_violations(self) + offload_violations(self)
+        if self.fp8.fp8_param_gather:
+            found.append("fp8_param_gather is for SFT: the rollout engine and the reference take weights in bf16")
         if self.prompt_length < 1:
             found.append(
                 f"max_completion_length={self.rollout.max_completion_length} leaves no room for a prompt in "
@@ -131,7 +135,8 @@ class GRPOConfig:
         if found:
             return found
         dp_size = world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
-        found = self.data.violations(dp_size)
+        layers = self.fp8.layer_violations(model_config.num_layers, self.parallel.pipeline_model_parallel_size)
+        found = layers + self.data.violations(dp_size)
         pairs, parts = self.data.global_batch_size, self.policy.mini_batches
         if not found and pairs // dp_size % parts:
             found.append(

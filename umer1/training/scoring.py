@@ -62,7 +62,7 @@ class Scorer:
         )
         while not rollouts or len(rollouts) % multiple:
             rollouts.append([])
-        padding = self.state.tp_size if parallel.sequence_parallel else 1
+        padding = self.config.fp8.token_multiple(self.state.tp_size if parallel.sequence_parallel else 1)
         return [pack_rollouts(round_, batch, self.special, padding).to(self.state.device) for batch in rollouts]
 
     def parts(self, round_: Round) -> list[list[PolicyBatch]]:
