@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,31 @@ def test_every_task_equals_the_reference(tmp_path, hub):
             path = f"visdoc-tasks/{folder}/{picture_name(name, candidate.name)}"
             assert (candidate.item.text, candidate.item.images, candidate.item.missing) == (TARGET, (path,), ()), where
             assert (tmp_path / path).read_bytes() == held[candidate.name], where
+
+
+@pytest.mark.parametrize("folder", ("", "images/"))
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.endswith("_v2") or "_v2_" in name])
+def test_pictures_of_vidore_v2_lie_in_folders_without_the_prefix(tmp_path, folder, name):
+    """As the reference evaluation and the published archive of page pictures have them; nothing is written twice."""
+    tables = document_tables(name, np.random.default_rng(FRESH), 2)
+    write(tmp_path, name, tables)
+    pictures = f"visdoc-tasks/{folder}{name.removeprefix('ViDoRe_')}"
+    for row in tables["corpus"][1:]:
+        write_file(tmp_path / pictures / f"{row['corpus-id']}.png", row["image"]["bytes"])
+    data = read_task(TASKS[name], tmp_path)
+    assert {c.item.images for c in data.candidates} == {
+        (f"{pictures}/{row['corpus-id']}.png",) for row in tables["corpus"]
+    }
+    assert not (tmp_path / "visdoc-tasks" / name).exists()
+
+
+@pytest.mark.parametrize("name, old", (("ViDoSeek-page", "ViDoSeek-page"), ("MMLongBench-page", "MMLongBench")))
+def test_page_tasks_as_the_hub_had_them_at_first(tmp_path, name, old):
+    tables = document_tables(name, np.random.default_rng(FRESH), 2)
+    for subset, rows in tables.items():
+        write_table(tmp_path / "VLM2Vec" / old / subset / "test-00000-of-00001.parquet", rows)
+    data = read_task(TASKS[name], tmp_path)
+    assert len(data.queries) == 2 and {Path(c.item.images[0]).parent.name for c in data.candidates} == {name}
 
 
 def test_pages_are_written_once_and_never_over_a_file(tmp_path):

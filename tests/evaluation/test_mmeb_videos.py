@@ -245,11 +245,12 @@ def test_moments_without_the_right_clip_or_without_any(tmp_path):
     assert two.label_is_list and not wrong.label_is_list
 
 
-def test_mvbench_answers_that_are_two_options_or_none(tmp_path):
+@pytest.mark.parametrize("owner", ("VLM2Vec", "OpenGVLab"))
+def test_mvbench_answers_that_are_two_options_or_none(tmp_path, owner):
     for subset in SUBSETS:
         row = {"video": "v.mp4", "question": "q", "candidates": ["x", "y", "x"], "answer": "x"}
         rows = [row, row | {"answer": "z"}] if subset == SUBSETS[0] else []
-        write_file(tmp_path / f"VLM2Vec/MVBench/json/{subset}.json", json.dumps(rows).encode())
+        write_file(tmp_path / f"{owner}/MVBench/json/{subset}.json", json.dumps(rows).encode())
     task = read_task(TASKS["MVBench"], tmp_path)
     assert [query.label_names for query in task.queries] == [("(C) x",), ("(@) z",)]
     assert [each.name for each in task.candidates] == ["(A) x", "(B) y", "(C) x"]

@@ -41,7 +41,7 @@ _VIDORE_2 = {
     "esg_reports_v2_multilingual": "esg_reports_v2",
 }
 _VISRAG = ("ArxivQA", "ChartQA", "MP-DocVQA", "SlideVQA", "InfoVQA", "PlotQA")
-_OUT_OF_DOMAIN = {  # local name, hub's name
+_OUT_OF_DOMAIN = {  # local name, hub's name; before the page numbers were corrected, the hub had the local one
     "ViDoSeek-page": ("ViDoSeek-page", "ViDoSeek-page-fixed"),
     "ViDoSeek-doc": ("ViDoSeek", "ViDoSeek"),
     "MMLongBench-page": ("MMLongBench", "MMLongBench-page-fixed"),
@@ -56,13 +56,17 @@ _PAGES_NOTE = (
 def _spec(name: str, group: str, local: str, hub: str) -> TaskSpec:
     layout, split = ("visrag", "train") if group == "VisRAG" else ("vidore", "test")
     places = [f"visdoc-tasks/{local}", f"visdoc-tasks/data/{local}", hub]
-    options = {"split": split, "pictures": {"": (f"visdoc-tasks/{name}", f"visdoc-tasks/images/{name}")}}
+    pictures = (f"visdoc-tasks/{name}", f"visdoc-tasks/images/{name}")
+    if group == "VDR2":  # its folders lack the prefix; the last one may be the annotation's own
+        stem = name.removeprefix("ViDoRe_")
+        pictures += (f"visdoc-tasks/images/{stem}", f"visdoc-tasks/{stem}")
+    options = {"split": split, "pictures": {"": pictures}}
     if hub.endswith("-fixed"):
         fixed = [hub, *(f"visdoc-tasks/{folder}{name}-fixed" for folder in ("", "data/"))]
         # Corrected files have pictures of their own: an id need not be the same page in both.
         options["pictures"] |= dict.fromkeys(fixed, (f"visdoc-tasks/{name}-fixed", f"visdoc-tasks/images/{name}-fixed"))
         options["note"] = _PAGES_NOTE.format(hub.partition("/")[2])
-        places = fixed + places[:-1]
+        places = fixed + places[:-1] + [f"{hub.partition('/')[0]}/{local}"]
     options["places"] = tuple(places)
     return TaskSpec(name, "visdoc", group, "global", "ndcg_linear@5", layout, group != "OOD", options)
 

@@ -98,6 +98,8 @@ def _classification(name: str, dataset: str, folder: str, file: str, text: str) 
 
 def _questions(name: str, subset: str | None, split: str) -> TaskSpec:
     places = _places(name, *(["activitynetqa"] if name == "ActivityNetQA" else []))
+    if name == "MVBench":
+        places += ("OpenGVLab/MVBench",)  # where it was before VLM2Vec kept a copy
     frames = (f"video-tasks/frames/video_qa/{name.lower()}",)
     return _spec(name, "V-QA", places=places, subset=subset, split=split, frames=frames)
 
@@ -132,7 +134,7 @@ VIDEO_TASKS = (
         "MomentSeeker",
         "V-MRET",
         layout="video_momentseeker",
-        places=_places("MomentSeeker", "momentseeker_1k6", "momentseeker"),
+        places=(*_places("MomentSeeker", "momentseeker_1k6", "momentseeker"), "VLM2Vec/MomentSeeker_1k8"),
     ),
 )
 
