@@ -79,6 +79,15 @@ def test_all_ways_of_scoring_and_the_reference_files(data, tmp_path, capsys):
     for name in TASKS:
         least = max(disc["tasks"][name]["score"], gen["tasks"][name]["score"])
         assert scores["oracle"][name]["score"] >= least - 1e-12, (SEED, name)
+    adaptive = results(tmp_path / "again", "results_adaptive")["tasks"]
+    text = (tmp_path / "again" / "results_adaptive.txt").read_text()
+    assert all(f"\n{words} " in text for words in ("always disc", "price 0.1", "always gen", "oracle")), text
+    for name in TASKS:
+        section = adaptive[name]["adaptive"]
+        assert section["scores"]["gen"] == gen["tasks"][name]["score"] and 0 < section["reasoned"] <= 1
+        seconds = section["seconds_per_query"]
+        assert seconds["adaptive"] == pytest.approx(seconds["disc"] + section["reasoned"] * seconds["gen"])
+        assert section["scores"]["adaptive"] == adaptive[name]["score"] and seconds["disc"] > 0
     for flags in ([], ["--unpickle"]):
         read = tmp_path / f"read{len(flags)}"
         main(["--benchmark", "mmeb-v2", "--from-reference", str(out), "--output", str(read), *flags])

@@ -1,5 +1,6 @@
 """Tasks scored from vectors against independent definitions; modes, tables and the paper's numbers."""
 
+import dataclasses
 import json
 import math
 import os
@@ -143,6 +144,11 @@ def test_adaptive_mode_from_vectors_to_the_score(name):
         assert ranked == [pool[i] for i in sorted(range(len(pool)), key=lambda i, row=row: -row[i])], f"seed {FRESH}"
         wanted.append(plain_score(task.spec.metric, ranked, query))
     assert abs(found.scores["adaptive"].summary[task.spec.metric] - sum(wanted) / len(wanted)) < 1e-9, f"seed {FRESH}"
+    for price in (0.0, 0.5):  # at other prices the same calibration, and the probes reason in any case
+        point, other = found.curve[str(price)], dataclasses.replace(rule, price=price)
+        again = score_modes(task, names, queries, targets, other)
+        assert point["reasoned"] == again.adaptive.reasoned.mean(), f"seed {FRESH}"
+        assert abs(point["score"] - again.scores["adaptive"].summary[task.spec.metric]) < 1e-9, f"seed {FRESH}"
 
 
 def test_published_numbers_agree_with_each_other():

@@ -16,7 +16,8 @@ evaluation, results.json and results.txt.
 from umer1.configuration import help_text, load_config
 from umer1.distributed.parallel import init_distributed
 from umer1.evaluation.mmeb_v2.config import MMEBCommand
-from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report, survey
+from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report
+from umer1.evaluation.mmeb_v2.memory import Memory, survey
 from umer1.evaluation.mmeb_v2.registry import select
 from umer1.evaluation.mmeb_v2.run import encode_tasks
 from umer1.evaluation.mmeb_v2.scoring import Scorer, score_references, score_stored
@@ -37,15 +38,16 @@ def main(argv: list[str]) -> None:
         (score_stored if config.stored else score_references)(config, specs, lambda text: print(text, flush=True))
         return
     with init_distributed(command.engine.parallel()) as state:
-        covered = survey(specs, config.data_root, command.engine.num_frames, config.max_queries, state)
+        kept_in = None if config.check else config.output
+        memory = Memory(kept_in, config.data_root, command.engine.num_frames, config.max_queries)
+        covered = survey(specs, memory, state)
         if config.check and state.rank == 0:
             print(coverage_report(covered, specs), flush=True)
         check_coverage(covered, allow_missing=config.allow_missing)
         if config.check:
             return
-        num_inputs = sum(entry.kept_queries + entry.kept_candidates for entry in covered)
         scorer = Scorer(command, state.device)
-        sha256 = encode_tasks(command, specs, num_inputs, state, scorer.task_done)
+        sha256 = encode_tasks(command, specs, covered, state, memory, scorer)
         if state.rank == 0:
             print(scorer.report(sha256), flush=True)
         state.barrier()

@@ -3,14 +3,9 @@
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 
-from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
-from umer1.evaluation.mmeb_v2.media_tree import MediaTree
-from umer1.evaluation.mmeb_v2.readers import READERS
 from umer1.evaluation.mmeb_v2.types import Query, TaskData, TaskSpec
 from umer1.evaluation.report import table
-from umer1.inference.replicas import share_with_all
-from umer1.progress import Progress
 
 _EXAMPLES = 3  # paths that a message names of each task
 MISSING_MEDIA = "missing_media"
@@ -109,24 +104,6 @@ def cover(task: TaskData, max_queries: int | None = None) -> Coverage:
         left_out_candidates=kept.left_out_candidates,
         fingerprint=task.fingerprint,
     )
-
-
-def survey(
-    specs: list[TaskSpec], data_root: str, num_frames: int, max_queries: int | None, state: ParallelState
-) -> list[Coverage]:
-    """Coverage of every task, read by all ranks together; the same on each of them."""
-    mine = {}
-    progress = Progress("umer1 eval: coverage", len(specs), unit="tasks", enabled=state.rank == 0)
-    for number in range(state.rank, len(specs), state.world_size):
-        spec = specs[number]
-        try:
-            mine[number] = cover(READERS[spec.layout](spec, MediaTree(data_root), num_frames), max_queries)
-        except (UserError, OSError) as error:
-            mine[number] = Coverage(spec.name, unreadable=str(error))
-        progress.add(min(state.world_size, len(specs) - number))
-    progress.finish()
-    found = {number: entry for part in share_with_all(mine, state) for number, entry in part.items()}
-    return [found[number] for number in range(len(specs))]
 
 
 def check_coverage(covered: list[Coverage], *, allow_missing: bool) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from umer1.data.media import FORMATS, MAX_FILE_BYTES
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree, clean
-from umer1.evaluation.mmeb_v2.tables import Annotation, combine, find_annotation
+from umer1.evaluation.mmeb_v2.tables import Annotation, combine
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
 
 QUERY_TEXT = "Find a document image that matches the given query:"
@@ -103,9 +103,9 @@ def read_documents(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData
 def _find(spec: TaskSpec, tree: MediaTree) -> tuple[str, dict[str, Annotation]]:
     """The first place that has the queries, and all three tables from there."""
     split, places = spec.options["split"], spec.options["places"]
-    queries = find_annotation(tree.root, places, subset="queries", split=split)
+    queries = tree.annotation(places, subset="queries", split=split)
     place = next(place for place in places if queries.files[0].is_relative_to(os.path.join(tree.root, place)))
-    tables = {name: find_annotation(tree.root, [place], subset=name, split=split) for name in ("corpus", "qrels")}
+    tables = {name: tree.annotation([place], subset=name, split=split) for name in ("corpus", "qrels")}
     return place, {"queries": queries, **tables}
 
 

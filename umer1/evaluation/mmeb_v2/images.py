@@ -12,7 +12,6 @@ from typing import Any
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.fields import numbered_rows, text_field, texts_field
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree
-from umer1.evaluation.mmeb_v2.tables import find_annotation
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
 
 PLACES = ("image-tasks", "ziyjiang/MMEB_Test_Instruct", "MMEB_Test_Instruct")  # annotation: the repository, the hub's
@@ -57,7 +56,7 @@ IMAGE_TASKS = tuple(_spec(name, group) for group, names in _GROUPS.items() for n
 
 def read_images(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
     """Queries in the rows' order; candidates distinct by name, in order of first appearance."""
-    annotation = find_annotation(tree.root, PLACES, subset=spec.name, split="test")
+    annotation = tree.annotation(PLACES, subset=spec.name, split="test")
     queries: list[Query] = []
     candidates: dict[str, Candidate] = {}
     for where, row in numbered_rows(annotation, _COLUMNS[spec.layout]):

@@ -1,4 +1,4 @@
-"""The media below a data root: what exists, by one scan a folder, and which frames of a saved video are shown.
+"""The media and tables below a data root: what exists, by one scan a folder, and which frames of a video are shown.
 
 A path that an annotation names is not trusted: one that is absolute, climbs out, or leads out of the root through a
 link counts as missing, as opening it would fail (data/media.py).
@@ -6,14 +6,16 @@ link counts as missing, as opening it would fail (data/media.py).
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.tables import Annotation, find_annotation
 from umer1.evaluation.mmeb_v2.types import Item
 from umer1.files import atomic_path
 
@@ -27,6 +29,42 @@ class MediaTree:
         self.media = MediaRoot(root)
         self.root = self.media.root
         self._folders: dict[str, tuple[set[str], set[str]]] = {}
+        self._changed: dict[str, int | None] = {}  # folder -> its time of change before it was listed
+        self._asked: list[list[Any]] = []
+        self._wrote = False
+
+    def annotation(self, places: Sequence[str], *, subset: str | None = None, split: str = "test") -> Annotation:
+        """`tables.find_annotation` below the root."""
+        found = find_annotation(self.root, places, subset=subset, split=split)
+        self._asked.append([list(places), subset, split, self._states(found)])
+        return found
+
+    def seen(self) -> dict[str, Any] | None:
+        """All that a reader was told, for `still_so`: annotation files with size and time of change, and the folders
+        that were listed with theirs.  JSON; None where files were written meanwhile."""
+        return None if self._wrote else {"annotation": self._asked, "folders": self._changed}
+
+    def still_so(self, seen: dict[str, Any]) -> bool:
+        """Whether a reader would be told the same again, at the price of a stat a folder and file."""
+        for places, subset, split, states in seen["annotation"]:
+            try:
+                found = find_annotation(self.root, places, subset=subset, split=split)
+            except UserError:
+                return False
+            if self._states(found) != states:
+                return False
+        return all(self._time(folder) == changed for folder, changed in seen["folders"].items())
+
+    def _states(self, annotation: Annotation) -> list[list[Any]]:
+        statuses = [(file, file.stat()) for file in annotation.files]
+        return [[str(file.relative_to(self.root)), s.st_size, s.st_mtime_ns] for file, s in statuses]
+
+    def _time(self, folder: str) -> int | None:
+        """When a folder's list of names changed last; None where there is no such folder."""
+        try:
+            return os.stat(self.media.resolve(folder) if folder else self.root).st_mtime_ns
+        except (BadSample, OSError):
+            return None
 
     def has_file(self, path: str) -> bool:
         path = clean(path)
@@ -77,12 +115,14 @@ class MediaTree:
                 aside.write_bytes(content)
         except (BadSample, OSError) as error:
             raise UserError(f"{self.root}/{path} cannot be written: {error}") from None
+        self._wrote = True
         self._scan(folder)[0].add(name)
 
     def _scan(self, folder: str) -> tuple[set[str], set[str]]:
         """(files, folders) of a folder: names; both empty where it cannot be read."""
         found = self._folders.get(folder)
         if found is None:
+            self._changed[folder] = self._time(folder)
             found = self._folders[folder] = self._read(folder)
         return found
 

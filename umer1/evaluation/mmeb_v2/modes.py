@@ -1,11 +1,12 @@
 """Every way to combine the modes of one task, from its vectors alone: mixed modes, the oracle, adaptive mode."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from umer1.evaluation.adaptive import AdaptiveRule, AdaptiveScores, adaptive_scores
+from umer1.evaluation.mmeb_v2.adaptive_results import price_curve
 from umer1.evaluation.mmeb_v2.score import TaskScore, rank_lists, score_lists, score_predictions, score_task
 from umer1.evaluation.mmeb_v2.types import TaskData
 
@@ -18,6 +19,7 @@ class ModeScores:
 
     scores: dict[str, TaskScore]  # "disc-gen" (query mode, target mode), ..., and "oracle", "adaptive" where they exist
     adaptive: AdaptiveScores | None  # who reasoned, and the calibration; None where a mode is missing
+    curve: dict[str, dict[str, float]] = field(default_factory=dict)  # adaptive mode by its price
 
 
 def score_modes(
@@ -38,13 +40,14 @@ def score_modes(
         for target in MODES
         if query in queries and target in targets
     }
-    chosen = None
+    chosen, curve = None, {}
     if "disc-disc" in scores and "gen-gen" in scores:
         scores["oracle"] = oracle(task, scores["disc-disc"], scores["gen-gen"])
-        disc, gen = (score_lists(task, queries[mode], names, targets[mode]) for mode in MODES)
-        chosen = adaptive_scores(disc, gen, rule)
+        lists = {mode: score_lists(task, queries[mode], names, targets[mode]) for mode in MODES}
+        chosen = adaptive_scores(lists["disc"], lists["gen"], rule)
         scores["adaptive"] = score_predictions(rank_lists(task, chosen.scores, names), task.queries)
-    return ModeScores(scores, chosen)
+        curve = price_curve(task, names, lists, scores["disc-disc"], chosen, rule)
+    return ModeScores(scores, chosen, curve)
 
 
 def oracle(task: TaskData, disc: TaskScore, gen: TaskScore) -> TaskScore:

@@ -6,7 +6,6 @@ from typing import Any
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.fields import name_field, numbered_rows, text_field
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree
-from umer1.evaluation.mmeb_v2.tables import find_annotation
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
 from umer1.evaluation.mmeb_v2.video_frames import frames_folder, saved_video
 
@@ -27,7 +26,7 @@ def read_moments(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
     evaluation has absolute paths in the disk's order.  A video without a right clip has one that is missing.
     """
     options, frames = spec.options, frames_folder(spec, tree)
-    annotation = find_annotation(tree.root, options["places"], subset=options["subset"], split=options["split"])
+    annotation = tree.annotation(options["places"], subset=options["subset"], split=options["split"])
     queries: list[Query] = []
     candidates: dict[str, Candidate] = {}
     for where, row in numbered_rows(annotation, ("query", "video_path")):
@@ -52,7 +51,7 @@ def read_momentseeker(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskD
     (lists of {output_path}).  Its clips are saved with 8 frames, of which the reference evaluation shows all.
     """
     options, frames = spec.options, frames_folder(spec, tree)
-    annotation = find_annotation(tree.root, options["places"], subset=options["subset"], split=options["split"])
+    annotation = tree.annotation(options["places"], subset=options["subset"], split=options["split"])
     queries: list[Query] = []
     candidates: dict[str, Candidate] = {}
     for where, row in numbered_rows(annotation, ("query", "input_frames", "positive_frames", "negative_frames")):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from umer1.evaluation.mmeb_v2.adaptive_results import adaptive_text
 from umer1.evaluation.mmeb_v2.published import COLUMNS, PER_TASK, PUBLISHED
 from umer1.evaluation.mmeb_v2.registry import GROUPS, TASKS
 from umer1.evaluation.mmeb_v2.score import TaskScore
@@ -80,7 +81,9 @@ def make_results(entries: Mapping[str, Mapping[str, Any]], *, scoring: str, abou
 
 def results_text(results: Mapping[str, Any]) -> str:
     """The tables people read, in per cent."""
-    return "\n\n".join([_about_text(results), _column_table(results), _task_table(results)])
+    blocks = [_about_text(results), _column_table(results), _task_table(results)]
+    adaptive = {name: entry["adaptive"] for name, entry in results["tasks"].items() if "adaptive" in entry}
+    return "\n\n".join([*blocks, adaptive_text(adaptive)] if adaptive else blocks)
 
 
 def write_results(results: Mapping[str, Any], folder: str | Path, stem: str = "results") -> None:

@@ -1,6 +1,5 @@
 """The encoding of an MMEB-V2 run: every side of every task that is not finished, on all ranks."""
 
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -9,9 +8,10 @@ from umer1.data.media import MediaRoot
 from umer1.data.processor import Processor
 from umer1.distributed.parallel import ParallelState
 from umer1.evaluation.mmeb_v2.config import MMEBCommand
-from umer1.evaluation.mmeb_v2.coverage import without_missing
+from umer1.evaluation.mmeb_v2.coverage import Coverage, without_missing
 from umer1.evaluation.mmeb_v2.encode import SideEncoder, make_side
-from umer1.evaluation.mmeb_v2.readers import read_task
+from umer1.evaluation.mmeb_v2.memory import Memory
+from umer1.evaluation.mmeb_v2.scoring import Scorer
 from umer1.evaluation.mmeb_v2.settings import keep_settings, settings_hash, settings_of
 from umer1.evaluation.mmeb_v2.store import Store
 from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
@@ -24,17 +24,18 @@ from umer1.progress import Progress
 _BATCH_SECONDS = 3600.0  # a batch of vLLM that takes longer counts as lost
 _HASH_CACHE = "model.json"  # in the output folder: the weights' hash, as long as their files do not change
 
-TaskDone = Callable[[TaskData, Store], None]
-
 
 def encode_tasks(
-    command: MMEBCommand, specs: list[TaskSpec], num_inputs: int, state: ParallelState, task_done: TaskDone
+    command: MMEBCommand,
+    specs: list[TaskSpec],
+    covered: list[Coverage],
+    state: ParallelState,
+    memory: Memory,
+    scorer: Scorer,
 ) -> str:
-    """Embed both sides of every task, and hand rank 0 each task as soon as its sides are there; collective.
+    """Embed both sides of every task, and have rank 0 score each as soon as its sides are there; collective.
 
-    Returns the weights' hash.
-
-    num_inputs: of all tasks, for the progress.  `task_done`: called on rank 0 with the task as it was read.
+    Tasks that `memory` knows as scored, from the files that are there now, are passed over.  Returns the weights' hash.
     """
     config = command.eval
     command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
@@ -44,25 +45,37 @@ def encode_tasks(
     sha256 = on_first(lambda: model_fingerprint(command.engine.model, output / _HASH_CACHE), state)
     settings = settings_of(command, sha256, processor)
     on_first(lambda: keep_settings(output, settings), state)
+    modes = {"qry": config.query_mode, "tgt": config.target_mode}
+    hashes = {side: settings_hash(settings, mode) for side, mode in modes.items()}
     store = Store(output, sha256)
-    progress = Progress("umer1 eval", num_inputs, enabled=state.rank == 0)
+    done = on_first(lambda: scorer.start(specs, store, memory, list(hashes.values())), state)
+    num_inputs = [entry.kept_queries + entry.kept_candidates for entry in covered]
+    progress = Progress("umer1 eval", sum(num_inputs), enabled=state.rank == 0)
     with closing(_Encoders(command, directory, processor, state, progress)) as encoders:
-        for spec in specs:
+        for spec, count in zip(specs, num_inputs, strict=True):
+            if spec.name in done:
+                progress.skip(count)
+                continue
             # read once and sent to the others: they must not see media that came in between
-            task = on_first(
-                lambda spec=spec: read_task(spec, config.data_root, num_frames=command.engine.num_frames), state
-            )
+            task = on_first(lambda spec=spec: _look(spec, memory), state)
             kept = without_missing(task, config.max_queries)
-            for side, mode in (("qry", config.query_mode), ("tgt", config.target_mode)):
-                wanted = make_side(kept, side, mode, settings_hash(settings, mode))
+            for side, mode in modes.items():
+                wanted = make_side(kept, side, mode, hashes[side])
                 if on_first(lambda wanted=wanted: store.has(wanted), state):
                     progress.skip(len(wanted.inputs))
                     continue
-                done = encoders.get(mode).encode(wanted, store.parts(wanted))
-                on_first(lambda wanted=wanted, done=done: store.finish(wanted, done), state)
-            on_first(lambda task=task: task_done(task, store), state)
+                made = encoders.get(mode).encode(wanted, store.parts(wanted))
+                on_first(lambda wanted=wanted, made=made: store.finish(wanted, made), state)
+            on_first(lambda task=task: scorer.task_done(task, store), state)
+            on_first(lambda name=spec.name: memory.keep_scored(name, scorer.scoring, list(hashes.values())), state)
     progress.finish()
     return sha256
+
+
+def _look(spec: TaskSpec, memory: Memory) -> TaskData:
+    task, coverage, seen = memory.look(spec)
+    memory.keep(coverage, seen)
+    return task
 
 
 class _Encoders:

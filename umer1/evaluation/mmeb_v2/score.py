@@ -10,6 +10,7 @@ from umer1.evaluation.mmeb_v2.types import Query, TaskData
 from umer1.evaluation.ranking_metrics import ranked_relevance, ranking_metrics
 from umer1.evaluation.retrieval import check_unit_rows, ranking
 from umer1.evaluation.topk import top_k
+from umer1.progress import Progress
 
 # Where a query ranks more candidates than this, only the first _DEPTH are kept: lists of names of a million would not
 # fit, and no metric looks further than rank 10.
@@ -37,13 +38,14 @@ def score_task(
     """Scores of `queries` float32 [Q, D] against `targets` float32 [C, D], which are the candidates `names` in order.
 
     Similarity: dot products summed in float64 and rounded to float32, so that it depends neither on the device nor on
-    what stands beside a vector; equal ones in candidate order.  ValueError where vectors do not fit the task, are not
-    finite or not of unit length.
+    what stands beside a vector; equal ones in candidate order.  A ranking that takes long says how far it is.
+    ValueError where vectors do not fit the task, are not finite or not of unit length.
     """
     _check(task, queries, names, targets)
     if task.spec.candidates == "global":
         k = len(names) if len(names) <= _FULL else _DEPTH
-        order = top_k(queries, targets, k, device=device, sum_in=torch.float64)[1]
+        progress = Progress(f"ranking {task.spec.name}", len(names), unit="candidates")
+        order = top_k(queries, targets, k, device=device, sum_in=torch.float64, progress=progress.add)[1]
         predictions = [[names[place] for place in row] for row in order.tolist()]
     else:
         lists = score_lists(task, queries, names, targets)

@@ -10,9 +10,11 @@ import torch
 
 from umer1 import __version__
 from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.adaptive_results import adaptive_section
 from umer1.evaluation.mmeb_v2.config import MMEBCommand, MMEBConfig
 from umer1.evaluation.mmeb_v2.coverage import MISSING_MEDIA, Kept, leave_out
 from umer1.evaluation.mmeb_v2.encode import side_name
+from umer1.evaluation.mmeb_v2.memory import Memory
 from umer1.evaluation.mmeb_v2.modes import MODES, score_modes
 from umer1.evaluation.mmeb_v2.readers import read_task
 from umer1.evaluation.mmeb_v2.reference_files import (
@@ -39,22 +41,39 @@ class Scorer:
     def __init__(self, command: MMEBCommand, device: torch.device):
         self.command, self.device = command, device
         self.scoring = f"{command.eval.query_mode}-{command.eval.target_mode}"
-        self.entries: dict[str, dict[str, Any]] | None = None
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def start(self, specs: list[TaskSpec], store: Store, memory: Memory, settings: list[str]) -> set[str]:
+        """Take over what the folder's results have; the tasks that need no more work, since all their files are there
+        and are of what the disk holds now."""
+        self.entries = earlier_entries(self.command.eval.output, f"results_{self.scoring}", store.model_sha256)
+        done = {spec.name for spec in specs if self._has_files(spec.name, store)}
+        return {name for name in done & self.entries.keys() if memory.is_scored(name, self.scoring, settings)}
+
+    def _has_files(self, name: str, store: Store) -> bool:
+        sides = [side_name(name, side, mode) for side, mode in self._modes().items()]
+        files = self._files(name)
+        wanted = [files.info(), files.predictions(), files.scores(), *map(store.vectors_path, sides)]
+        wanted += [files.queries(), files.targets()] if self.command.eval.reference_vectors else []
+        return all(map(store.is_there, sides)) and all(path.is_file() for path in wanted)
+
+    def _modes(self) -> dict[str, str]:
+        return {"qry": self.command.eval.query_mode, "tgt": self.command.eval.target_mode}
+
+    def _files(self, name: str) -> ReferenceNames:
+        return ReferenceNames(Path(self.command.eval.output), name, *self._modes().values())
 
     def task_done(self, task: TaskData, store: Store) -> None:
         """Score a task whose two sides are in `store`."""
         config, name = self.command.eval, task.spec.name
-        modes = {"qry": config.query_mode, "tgt": config.target_mode}
+        modes = self._modes()
         sides = {side: store.read(side_name(name, side, mode), task.fingerprint, mode) for side, mode in modes.items()}
         kept = left(task, [sides["qry"]], [sides["tgt"]], config.max_queries)
         names = [candidate.name for candidate in kept.task.candidates]
         queries, targets = rows(sides["qry"], kept.numbers), rows(sides["tgt"], names)
         score = score_task(kept.task, queries, names, targets, device=self.device)
-        files = ReferenceNames(Path(config.output), name, config.query_mode, config.target_mode)
         vectors = (queries, names, targets) if config.reference_vectors else None
-        write_reference_files(files, kept.task, score, vectors=vectors)
-        if self.entries is None:
-            self.entries = earlier_entries(config.output, f"results_{self.scoring}", store.model_sha256)
+        write_reference_files(self._files(name), kept.task, score, vectors=vectors)
         self.entries[name] = task_entry(
             task.spec,
             score,
@@ -80,7 +99,8 @@ class Scorer:
         return make_results(self.entries, scoring=self.scoring, about=about)
 
     def report(self, model_sha256: str) -> str:
-        """What people read when the run has ended."""
+        """What people read when the run has ended; the files say it, too, where no task was left to be scored."""
+        self._write(model_sha256)
         return results_text(self._results(model_sha256))
 
 
@@ -164,7 +184,10 @@ def score_stored(config: MMEBConfig, specs: list[TaskSpec], say: Callable[[str],
             entry = task_entry(spec, score, fingerprint=task.fingerprint, coverage=coverage)
             entries.setdefault(scoring, {})[spec.name] = entry
         if found.adaptive is not None:
-            entries["adaptive"][spec.name]["reasoned"] = float(np.mean(found.adaptive.reasoned))
+            seconds = {mode: side.seconds / max(len(side.keys), 1) for mode, side in sides["qry"].items()}
+            entries["adaptive"][spec.name]["adaptive"] = adaptive_section(
+                found.scores, found.adaptive, found.curve, seconds, spec.metric, config.rule()
+            )
     if not entries:
         raise UserError(f"{folder} has both sides of none of the selected tasks")
     about = {"umer1": __version__, "model": model, "model_sha256": store.model_sha256}

@@ -5,6 +5,8 @@ vectors/TASK_qry_gen.npz             embeddings (vectors.py)
 responses/TASK_qry_gen.jsonl         what was generated, in gen mode
 sides/TASK_qry_gen.json              for which inputs, in how many seconds, and what was left out; written last
 parts/TASK_qry_gen/                  of a side that is not finished (parts.py)
+
+coverage/ and scored/ beside them are a run's memory of the disk (memory.py).
 """
 
 import json

@@ -11,7 +11,7 @@ from typing import Any
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.fields import name_field, numbered_rows, text_field, texts_field
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree
-from umer1.evaluation.mmeb_v2.tables import combine, find_annotation
+from umer1.evaluation.mmeb_v2.tables import combine
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
 from umer1.evaluation.mmeb_v2.video_frames import frames_folder, saved_video
 
@@ -78,9 +78,9 @@ def _rows(spec: TaskSpec, tree: MediaTree, columns: Sequence[str]) -> tuple[Iter
     """(rows, fingerprint); MVBench is 20 subsets one after the other, each row with its `subset`."""
     places, split = spec.options["places"], spec.options["split"]
     if spec.name != "MVBench":
-        annotation = find_annotation(tree.root, places, subset=spec.options["subset"], split=split)
+        annotation = tree.annotation(places, subset=spec.options["subset"], split=split)
         return numbered_rows(annotation, columns), annotation.fingerprint
-    annotations = {name: find_annotation(tree.root, places, subset=name, split=split) for name in MVBENCH}
+    annotations = {name: tree.annotation(places, subset=name, split=split) for name in MVBENCH}
     rows = (
         (f"{where} of {name}", row | {"subset": name})
         for name, annotation in annotations.items()

@@ -14,7 +14,6 @@ from typing import Any
 
 from umer1.evaluation.mmeb_v2.fields import name_field, numbered_rows, text_field, texts_field
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree
-from umer1.evaluation.mmeb_v2.tables import find_annotation
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
 from umer1.evaluation.mmeb_v2.video_classes import CLASSES
 from umer1.evaluation.mmeb_v2.video_frames import frames_folder, saved_video
@@ -145,7 +144,7 @@ def read_video_classes(spec: TaskSpec, tree: MediaTree, num_frames: int) -> Task
     SmthSmthV2 has its candidates row by row (`neg_text`, the right one among them).
     """
     options, folder, local = spec.options, frames_folder(spec, tree), spec.candidates == "local"
-    annotation = find_annotation(tree.root, options["places"], subset=options["subset"], split=options["split"])
+    annotation = tree.annotation(options["places"], subset=options["subset"], split=options["split"])
     columns = ("video_id", "pos_text", *(["neg_text"] if local else []))
     queries: list[Query] = []
     for where, row in numbered_rows(annotation, columns, limit=options["limit"]):
@@ -161,7 +160,7 @@ def read_video_classes(spec: TaskSpec, tree: MediaTree, num_frames: int) -> Task
 def read_video_retrieval(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
     """Caption -> video.  Candidates: the rows' videos by first appearance; of several captions the first counts."""
     options, folder = spec.options, frames_folder(spec, tree)
-    annotation = find_annotation(tree.root, options["places"], subset=options["subset"], split=options["split"])
+    annotation = tree.annotation(options["places"], subset=options["subset"], split=options["split"])
     queries: list[Query] = []
     candidates: dict[str, Candidate] = {}
     for where, row in numbered_rows(annotation, (options["id"], options["caption"]), (options["file"],)):
