@@ -28,6 +28,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Authorization"] != "Bearer " + os.environ["VLLM_API_KEY"]:
             self.send_error(401)
             return
+        if asked["skip_special_tokens"] is not False:
+            self.send_error(400)
+            return
         text = "<think>" + asked["model"] + "</think><answer>" + str(os.getpid()) + "</answer>"
         self.reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
     def reply(self, value):

@@ -36,6 +36,17 @@ def test_what_the_teacher_gets(tmp_path):
     frames = teacher.bodies["hound question 0"]["messages"][0]["content"]
     assert [part["type"] for part in frames] == ["image_url"] * 8 + ["text"]
     assert teacher.bodies["mmeb target 0"]["max_tokens"] == 8704
+    assert "skip_special_tokens" not in teacher.bodies["mmeb target 0"]  # not every endpoint knows it
+
+
+def test_special_tokens_are_kept_where_that_is_asked_for(world):
+    """A teacher whose <think> is a special token, as GLM-4.1V's: without the setting nothing of it would be left."""
+    root, inputs = world
+    with Teacher() as teacher:
+        main(flags(root, inputs, teacher.url, "--keep-special-tokens"))
+        assert all(body["skip_special_tokens"] is False for body in teacher.bodies.values())
+        with pytest.raises(UserError, match="keep_special_tokens was True and is False"):
+            main(flags(root, inputs, teacher.url))
 
 
 def test_video_url_holds_the_frames(tmp_path):

@@ -50,7 +50,7 @@ from umer1.files import make_folder
 # What shapes an answer: a journal goes on with these alone.
 _ANSWER_SETTINGS = (
     *("teacher_model", "teacher_prompt", "teacher_temperature", "teacher_top_p", "max_answer_tokens"),
-    *("max_image_pixels", "max_frame_pixels", "video_as"),
+    *("keep_special_tokens", "max_image_pixels", "max_frame_pixels", "video_as"),
 )
 JOURNAL_FILE, DATASET_FOLDER, LOG_FILE = "journal.jsonl", "dataset", "teacher.log"
 

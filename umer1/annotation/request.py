@@ -34,6 +34,8 @@ def request_body(side: Side, config: TeacherConfig, media: MediaRoot) -> bytes:
         "max_tokens": config.max_answer_tokens,
         "stream": False,
     }
+    if config.keep_special_tokens:  # not in every protocol: it is sent where it is wanted alone
+        body["skip_special_tokens"] = False
     return json.dumps(body, ensure_ascii=False).encode()
 
 

@@ -38,6 +38,9 @@ class TeacherConfig:
     """Nucleus of sampling."""
     max_answer_tokens: int = 8704
     """Most tokens of an answer; one that is cut off there is filtered."""
+    keep_special_tokens: bool = False
+    """Have the server write special tokens out, as vLLM and SGLang do when they are asked (skip_special_tokens): the
+    <think> of GLM-4.1V is one. With --serve-teacher they always are."""
     max_image_pixels: int = 1_048_576
     """A larger picture is scaled down to this before it is sent."""
     max_frame_pixels: int = 262_144
@@ -99,6 +102,9 @@ class TeacherConfig:
         if not 0 < self.teacher_top_p <= 1:
             found.append(f"teacher_top_p={self.teacher_top_p} must be above 0 and at most 1")
         return found
+
+    def __post_init__(self) -> None:
+        self.keep_special_tokens = self.keep_special_tokens or self.serve_teacher
 
     def _serving_violations(self) -> list[str]:
         found = []
