@@ -19,6 +19,7 @@ from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.sharing.scores import read_results
 from umer1.sharing.share import main
 from umer1.sharing.training_run import note_start, pairs_of, read_run
+from umer1.testing import run_distributed
 
 MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 
@@ -133,6 +134,20 @@ def test_every_export_has_them_and_replaces_them(tmp_path):
     assert "# again\n" in (tmp_path / "out" / "README.md").read_text()
     hidden = HFDirectory.open(tmp_path / "out").config.hidden_size
     assert json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())["embedding_dimension"] == hidden
+
+
+@pytest.mark.parametrize("layout", ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"))
+def test_several_ranks_write_what_one_writes(tmp_path, layout):
+    """Also the card and the files of sentence-transformers, each by one rank."""
+    model = make_tiny_directory(tmp_path / "model", layers=2)
+    main(["--model", str(model), "--output", str(tmp_path / "one" / "mine")])
+    flags = ["--model", str(model), "--output", str(tmp_path / "two" / "mine"), *layout.split()]
+    run_distributed(main, 2, flags)
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one == two and len(one) > 10
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
