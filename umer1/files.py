@@ -67,4 +67,6 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Readable JSON.  Half a surrogate pair, which names out of data files may hold, stays the escape that it was."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())

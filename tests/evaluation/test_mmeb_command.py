@@ -200,6 +200,27 @@ def test_missing_media_refuse_or_are_counted(tmp_path, capsys):
     assert "VOC2007" in results(out)["notes"][0]
 
 
+def test_names_that_are_no_unicode_ties_and_sides_of_which_nothing_is_left(tmp_path):
+    """Half a surrogate pair is left out and counted; a name twice ranks twice; no query left is one message."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    rng = np.random.default_rng(SEED)
+    mmeb_folders.write_file(data / "image-tasks/日本 🦤.png", mmeb_folders.picture(rng))
+    row = {"qry_inst": "", "qry_text": "", "qry_img_path": "日本 🦤.png"}
+    rows = [row | {"tgt_text": texts} for texts in (["é", "e\u0301", "é", "\ud800"], ["\ud800", "é"], ["one"])]
+    mmeb_folders.write_table(data / "image-tasks/GQA/test.jsonl", rows)
+    long = row | {"qry_inst": "word " * 20_000, "tgt_text": ["é", "one"]}
+    mmeb_folders.write_table(data / "image-tasks/OK-VQA/test.jsonl", [long])
+    for _ in range(2):  # the second one reads what the first one wrote
+        run(data, out, "--allow-missing", tasks=["GQA"])
+        coverage = results(out)["tasks"]["GQA"]["coverage"]
+        assert coverage["left_out_candidates"] == {"bad_record": 1}
+        assert coverage["left_out_queries"] == {"no_right_candidate": 1}
+    first, second = [json.loads(line) for line in (out / "GQA_disc_disc_pred.jsonl").read_text().splitlines()]
+    assert sorted(first["prediction"]) == ["e\u0301", "é", "é"] and second["prediction"] == ["one"]
+    with pytest.raises(UserError, match="OK-VQA: nothing is left to be scored"):
+        run(data, out, "--allow-missing", tasks=["OK-VQA"])
+
+
 @pytest.mark.thorough
 def test_all_tasks(tmp_path):
     mmeb_folders.make_folders(tmp_path / "data", seed=SEED)

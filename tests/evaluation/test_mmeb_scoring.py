@@ -1,6 +1,7 @@
 """Tasks scored from vectors against independent definitions; modes, tables and the paper's numbers."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from umer1.evaluation.mmeb_v2.registry import GROUPS, TASKS
 from umer1.evaluation.mmeb_v2.results import make_results, results_text, task_entry, write_results
 from umer1.evaluation.mmeb_v2.score import score_predictions, score_task
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData
+from umer1.progress import Progress
 
 FRESH = int.from_bytes(os.urandom(4), "little")
 DIM = 4
@@ -73,6 +75,21 @@ def test_every_task_by_its_own_rule(name):
         wanted.append(plain_score(task.spec.metric, ranked, query))
     np.testing.assert_allclose(score.per_query[task.spec.metric], wanted, rtol=0, atol=1e-9, err_msg=f"seed {FRESH}")
     assert abs(score.summary[task.spec.metric] - sum(wanted) / len(wanted)) < 1e-9, f"seed {FRESH}"
+
+
+def test_a_ranking_of_many_says_how_far_it_is_and_keeps_the_first(monkeypatch, capsys):
+    monkeypatch.setattr("umer1.evaluation.mmeb_v2.score._FULL", 100)
+    monkeypatch.setattr("umer1.evaluation.mmeb_v2.score._DEPTH", 10)
+    monkeypatch.setattr("umer1.evaluation.topk._BLOCK", 64)
+    monkeypatch.setattr("umer1.evaluation.mmeb_v2.score.Progress", functools.partial(Progress, interval=0.0))
+    rng = np.random.default_rng(FRESH)
+    task, names = make_task(rng, "ViDoRe_docvqa", num_queries=3, num_candidates=200)
+    queries, targets = axes_and_diagonals(rng, 3), axes_and_diagonals(rng, 200)
+    score = score_task(task, queries, names, targets)
+    assert "ranking ViDoRe_docvqa: 64/200 candidates" in capsys.readouterr().err
+    vectors = dict(zip(names, targets, strict=True))
+    for vector, found in zip(queries, score.predictions, strict=True):
+        assert found == plain_ranking(vector, names, vectors)[:10], f"seed {FRESH}"
 
 
 def test_vectors_that_do_not_fit_are_refused():

@@ -68,7 +68,7 @@ class Store:
         save_vectors(
             self.vectors_path(side.name),
             [side.keys[item.position] for item in done.encoded],
-            np.array([item.embedding for item in done.encoded], dtype=np.float32),
+            np.array([item.embedding for item in done.encoded] or np.zeros((0, 0)), dtype=np.float32),
             model=self.model_sha256,
             data=side.fingerprint,
             mode=side.mode,
