@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -46,25 +47,55 @@ double sum_of(int64_t count, F term) {
   return total;
 }
 
-// One row x: its RMS scale and its values after the RMSNorm, rounded as transformers' RMSNorm rounds them.
+// `value` as it is once stored as S.  By its bits for bfloat16: a loop over c10's conversion is not vectorised.
+template <class S>
+Acc<S> rounded(Acc<S> value) {
+  if constexpr (std::is_same_v<S, c10::BFloat16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t even = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+    bits = value != value ? bits : even;
+    std::memcpy(&value, &bits, sizeof bits);
+    return value;
+  } else {
+    return Acc<S>(S(value));
+  }
+}
+
+// One row at a time in the type of sums: as it is, and after the RMSNorm as transformers' RMSNorm rounds it.
 template <class S>
 struct Row {
   using A = Acc<S>;
-  const S* x;
-  const S* weight;  // null: no RMSNorm
+  const int64_t columns;
+  const double eps;
+  std::vector<A> weight;  // empty: no RMSNorm
+  std::vector<A> raw, normed, value;
   A scale = 1;
 
-  Row(const S* x, const S* weight, int64_t columns, double eps) : x(x), weight(weight) {
-    if (weight) {
-      const double squares = sum_of(columns, [=](int64_t i) { const double v = A(x[i]); return v * v; });
-      scale = A(1 / std::sqrt(squares / double(columns) + eps));
+  Row(const S* weight, int64_t columns, double eps) : columns(columns), eps(eps), raw(columns), value(columns) {
+    if (!weight) return;
+    this->weight.assign(weight, weight + columns);
+    normed.resize(columns);
+  }
+  bool weighted() const { return !weight.empty(); }
+  void load(const S* x) {
+    A* to = weighted() ? raw.data() : value.data();
+    for (int64_t i = 0; i < columns; ++i) to[i] = A(x[i]);
+    if (!weighted()) return;
+    const A* from = raw.data();
+    const double squares = sum_of(columns, [=](int64_t i) { const double v = from[i]; return v * v; });
+    const A factor = scale = A(1 / std::sqrt(squares / double(columns) + eps));
+    A *unit = normed.data(), *out = value.data();
+    const A* times = weight.data();
+    for (int64_t i = 0; i < columns; ++i) {
+      unit[i] = rounded<S>(from[i] * factor);
+      out[i] = rounded<S>(unit[i] * times[i]);
     }
   }
-  A normed(int64_t i) const { return A(S(A(x[i]) * scale)); }
-  A value(int64_t i) const { return weight ? A(S(normed(i) * A(weight[i]))) : A(x[i]); }
   // Not below the smallest norm; a norm that is not a number stays so.
-  double length(int64_t columns) const {
-    const double norm = std::sqrt(sum_of(columns, [this](int64_t i) { const double v = value(i); return v * v; }));
+  double length() const {
+    const A* y = value.data();
+    const double norm = std::sqrt(sum_of(columns, [=](int64_t i) { const double v = y[i]; return v * v; }));
     return norm < kSmallestNorm ? kSmallestNorm : norm;
   }
 };
@@ -95,6 +126,7 @@ std::tuple<Tensor, Tensor> gather_rows(
     const S* weight = data_or_null<S>(norm_weight);
     S* raw = keep_rows ? static_cast<S*>(kept.data_ptr()) : nullptr;
     torch::stable::parallel_for(0, count, kRowsPerThread, [&](int64_t begin, int64_t end) {
+      Row<S> x(weight, columns, eps);
       for (int64_t n = begin; n < end; ++n) {
         const int64_t row = asked[n] - layout.offset;
         const bool here = row >= 0 && row < layout.rows;
@@ -105,15 +137,19 @@ std::tuple<Tensor, Tensor> gather_rows(
           if (raw) std::fill_n(raw + n * columns, columns, S(0));
           continue;
         }
-        const Row<S> x(from + layout.start(row), weight, columns, eps);
-        if (raw) std::copy_n(x.x, columns, raw + n * columns);
+        const S* source = from + layout.start(row);
+        if (raw) std::copy_n(source, columns, raw + n * columns);
         if (!weight && !l2_normalize) {
-          std::copy_n(x.x, columns, plain);
-        } else if (l2_normalize) {
-          const A length = A(x.length(columns));
-          for (int64_t i = 0; i < columns; ++i) unit[i] = x.value(i) / length;
+          std::copy_n(source, columns, plain);
+          continue;
+        }
+        x.load(source);
+        const A* y = x.value.data();
+        if (l2_normalize) {
+          const A length = A(x.length());
+          for (int64_t i = 0; i < columns; ++i) unit[i] = y[i] / length;
         } else {
-          for (int64_t i = 0; i < columns; ++i) plain[i] = S(x.value(i));
+          for (int64_t i = 0; i < columns; ++i) plain[i] = S(y[i]);
         }
       }
     });
@@ -121,26 +157,30 @@ std::tuple<Tensor, Tensor> gather_rows(
   return {out, kept};
 }
 
-// The gradient at a row of hidden from `grad`, the sum of the gradients at its copies; adds to `weight_grad`.
+// The gradient at the loaded row of hidden from `grad`, the sum of the gradients at its copies; adds to `weight_grad`.
 template <class S>
-void row_gradient(
-    const Row<S>& x, std::vector<double>& grad, int64_t columns, bool l2_normalize, double* weight_grad, S* to) {
+void row_gradient(const Row<S>& x, std::vector<double>& sums, bool l2_normalize, double* weight_grad, S* to) {
+  using A = Acc<S>;
+  const int64_t columns = x.columns;
+  double* grad = sums.data();
   if (l2_normalize) {  // y / |y|: (g - y (y.g) / |y|^2) / |y|, and g / floor where the norm is below its floor
-    const double length = x.length(columns);
-    double along = sum_of(columns, [&](int64_t i) { return x.value(i) * grad[i]; }) / (length * length);
+    const A* y = x.value.data();
+    const double length = x.length();
+    double along = sum_of(columns, [=](int64_t i) { return y[i] * grad[i]; }) / (length * length);
     if (length == kSmallestNorm) along = 0;
-    for (int64_t i = 0; i < columns; ++i) grad[i] = (grad[i] - x.value(i) * along) / length;
+    for (int64_t i = 0; i < columns; ++i) grad[i] = (grad[i] - y[i] * along) / length;
   }
-  if (x.weight) {  // r x w with r = (mean x^2 + eps)^-1/2: r (g w - x r^2 mean(x g w))
+  if (x.weighted()) {  // r x w with r = (mean x^2 + eps)^-1/2: r (g w - x r^2 mean(x g w))
     const double scale = x.scale;
+    const A *raw = x.raw.data(), *normed = x.normed.data(), *weight = x.weight.data();
     for (int64_t i = 0; i < columns; ++i) {
-      weight_grad[i] += grad[i] * x.normed(i);
-      grad[i] *= Acc<S>(x.weight[i]);
+      weight_grad[i] += grad[i] * normed[i];
+      grad[i] *= weight[i];
     }
-    const double mean = sum_of(columns, [&](int64_t i) { return Acc<S>(x.x[i]) * grad[i]; }) / double(columns);
-    for (int64_t i = 0; i < columns; ++i) grad[i] = scale * (grad[i] - Acc<S>(x.x[i]) * scale * scale * mean);
+    const double mean = sum_of(columns, [=](int64_t i) { return raw[i] * grad[i]; }) / double(columns);
+    for (int64_t i = 0; i < columns; ++i) grad[i] = scale * (grad[i] - raw[i] * scale * scale * mean);
   }
-  for (int64_t i = 0; i < columns; ++i) to[i] = S(Acc<S>(grad[i]));
+  for (int64_t i = 0; i < columns; ++i) to[i] = S(rounded<S>(A(grad[i])));
 }
 
 std::tuple<Tensor, Tensor> scatter_rows(
@@ -159,6 +199,7 @@ std::tuple<Tensor, Tensor> scatter_rows(
     using A = Acc<S>;
     const S* weight = data_or_null<S>(norm_weight);
     std::vector<double> sum(columns), weight_sum(weight ? columns : 0);
+    Row<S> x(weight, columns, eps);
     for (int64_t first = 0, last = 0; first < count; first = last) {
       std::fill(sum.begin(), sum.end(), 0.0);
       for (last = first; last < count && asked[last] == asked[first]; ++last) {
@@ -170,9 +211,8 @@ std::tuple<Tensor, Tensor> scatter_rows(
       }
       const int64_t row = asked[first] - offset;
       if (row < 0 || row >= steps * batch) continue;
-      const S* saved = weight || l2_normalize ? static_cast<const S*>(rows.data_ptr()) + place[first] * columns : nullptr;
-      S* to = static_cast<S*>(out.data_ptr()) + row * columns;
-      row_gradient(Row<S>(saved, weight, columns, eps), sum, columns, l2_normalize, weight_sum.data(), to);
+      if (weight || l2_normalize) x.load(static_cast<const S*>(rows.data_ptr()) + place[first] * columns);
+      row_gradient(x, sum, l2_normalize, weight_sum.data(), static_cast<S*>(out.data_ptr()) + row * columns);
     }
     for (size_t i = 0; i < weight_sum.size(); ++i) static_cast<A*>(weight_grad.data_ptr())[i] = A(weight_sum[i]);
   });

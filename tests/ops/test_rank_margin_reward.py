@@ -83,6 +83,15 @@ def test_the_sign_of_zero_breaks_no_tie():
     assert rank_margin_reward(query, target, 2, "torch").ranking.tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_of_one_checksum_are_told_apart(dtype, monkeypatch):
+    """With factors of 1 rows of the same elements in another order have one checksum, and are no copies for that."""
+    monkeypatch.setattr(torch, "randint", lambda high, size, *, dtype, generator: torch.zeros(size, dtype=dtype))
+    query = torch.eye(3)[[0, 1, 2, 0]].to(dtype)
+    target = torch.eye(3)[[1, 0, 2, 0]].to(dtype)
+    assert rank_margin_reward(query, target, 2, "torch").ranking.tolist() == [0.5, 1.0, 0.5, 0.5]
+
+
 def test_equal_rollouts_of_a_pair_get_equal_rewards():
     """Groups without spread are counted as such: a difference in the last bit would be one."""
     generator = torch.Generator().manual_seed(secrets.randbits(32))

@@ -58,10 +58,8 @@ def rank_margin_reward(
     impl that cannot run.
     """
     _check(query, target, num_generations, query_valid, target_valid, target_ids)
-    given = (num_generations, query_valid, target_valid, target_ids)
-    if _choose(query, impl) == "triton":
-        return _triton(query, target, *given, both=False)[0]
-    return _torch(query, target, *given)
+    run = _triton if _choose(query, impl) == "triton" else _torch
+    return run(query, target, num_generations, query_valid, target_valid, target_ids, both=False)[0]
 
 
 def rank_margin_rewards(
@@ -79,12 +77,8 @@ def rank_margin_rewards(
     Arguments as there.  The Triton form serves both sides from one sweep of the similarities.
     """
     _check(query, target, num_generations, query_valid, target_valid, target_ids)
-    if _choose(query, impl) == "triton":
-        return _triton(query, target, num_generations, query_valid, target_valid, target_ids, both=True)
-    return (
-        _torch(query, target, num_generations, query_valid, target_valid, target_ids),
-        _torch(target, query, num_generations, target_valid, query_valid, target_ids),
-    )
+    run = _triton if _choose(query, impl) == "triton" else _torch
+    return tuple(run(query, target, num_generations, query_valid, target_valid, target_ids, both=True))
 
 
 def _check(query, target, num_generations, query_valid, target_valid, target_ids) -> None:
@@ -139,13 +133,36 @@ def _triton(query, target, num_generations, query_valid, target_valid, target_id
     return [RankMargin(*side) for side in sides]
 
 
+class _Side(NamedTuple):
+    """One side's embeddings in fp64."""
+
+    rows: torch.Tensor  # [R, D]
+    valid: torch.Tensor  # bool [R]
+    first: torch.Tensor  # int64 [R]: for each row the index of the first one with equal elements
+
+
+def _side(rows: torch.Tensor, valid: torch.Tensor | None) -> _Side:
+    valid = rows.new_ones(len(rows)) if valid is None else valid
+    return _Side(rows.detach().double(), valid.to(rows.device, torch.bool), _first_equal(rows.detach()))
+
+
 def _first_equal(rows: torch.Tensor) -> torch.Tensor:
-    """int64 [R]: for each of the fp64 rows [R, C] the index of the first one with equal elements."""
-    # As integers: NaN has an order too.  -0.0 + 0.0 is 0.0, which it equals.
-    bits = (rows + 0.0).view(torch.int64)
-    _, number = torch.unique(bits, dim=0, return_inverse=True)
-    index = torch.arange(len(rows), device=rows.device)
-    return index.new_full((len(rows),), len(rows)).scatter_reduce(0, number, index, "amin")[number]
+    # As integers: NaN has an order too, and checksums do not depend on one.  -0.0 + 0.0 is 0.0, which it equals.
+    bits = (rows + 0.0).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.itemsize])
+    bits = bits.to(torch.int64 if rows.itemsize == 8 else torch.int32)
+    factors = torch.randint(2**31, bits.shape[1:], dtype=bits.dtype, generator=torch.Generator().manual_seed(0)) | 1
+    first = _first_of((bits * factors.to(bits.device)).sum(1))
+    copies = (first != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+    if not torch.equal(bits[copies], bits[first[copies]]):  # rows that differ and have one checksum
+        first = _first_of(torch.unique(bits, dim=0, return_inverse=True)[1])
+    return first
+
+
+def _first_of(numbers: torch.Tensor) -> torch.Tensor:
+    """int64 [R]: for each of the integers [R] the index of the first one that equals it."""
+    _, kinds = torch.unique(numbers, return_inverse=True)
+    index = torch.arange(len(kinds), device=kinds.device)
+    return torch.full_like(index, len(kinds)).scatter_reduce(0, kinds, index, "amin")[kinds]
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -153,47 +170,71 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def _torch(query, target, num_generations, query_valid, target_valid, target_ids) -> RankMargin:
-    """The results in fp64, some rows of the similarities at a time.
+def _torch(query, target, num_generations, query_valid, target_valid, target_ids, *, both) -> list[RankMargin]:
+    """The results of the query's side and, with `both`, of the target's; made in fp64."""
+    sides = _side(query, query_valid), _side(target, target_valid)
+    groups = torch.arange(len(query), device=query.device) // num_generations
+    ids = groups if target_ids is None else target_ids.to(query.device)[groups]
+    # Where the whole of it is no more than one chunk, one matrix product serves both sides.
+    whole = sides[0].rows @ sides[1].rows.T if len(query) ** 2 <= CHUNK_ELEMENTS else None
+    given = (num_generations, groups, ids, torch.float64 if query.dtype == torch.float64 else torch.float32)
+    found = [_one_side(*sides, whole, *given)]
+    if both:
+        found.append(_one_side(*sides[::-1], None if whole is None else whole.T, *given))
+    return found
+
+
+def _one_side(
+    query: _Side,
+    target: _Side,
+    whole: torch.Tensor | None,
+    num_generations: int,
+    groups: torch.Tensor,
+    ids: torch.Tensor,
+    dtype: torch.dtype,
+) -> RankMargin:
+    """The results of the query's rollouts, some rows of the similarities at a time.
 
     A matrix product adds up in an order that depends on the place in the matrix, so that equal targets would not
     always have equal similarities and a tie be broken by round-off: each target gets the similarity of the first one
     that equals it.
-    """
-    queries, targets = query.detach().double(), target.detach().double()
-    count, device = len(queries), queries.device
-    index = torch.arange(count, device=device)
-    groups = index // num_generations
-    everyone = torch.ones(count, dtype=torch.bool, device=device)
-    query_valid = everyone if query_valid is None else query_valid.to(device, torch.bool)
-    target_valid = everyone if target_valid is None else target_valid.to(device, torch.bool)
-    ids = groups if target_ids is None else target_ids.to(device)[groups]
-    first = _first_equal(targets)
-    has_copies = bool((first != index).any())
 
-    num_own = target_valid.view(-1, num_generations).sum(1)[groups]
-    rankings, margins = queries.new_zeros(count), queries.new_zeros(count)
+    whole: the similarities [R, R] where they are there already; groups: int64 [R], each row's pair; ids: [R].
+    """
+    count, index = len(groups), torch.arange(len(groups), device=groups.device)
+    has_copies = bool((target.first != index).any())
+    num_own = target.valid.view(-1, num_generations).sum(1)[groups]
+    rankings, margins = query.rows.new_zeros(count), query.rows.new_zeros(count)
     rows = max(1, CHUNK_ELEMENTS // count)
     for start in range(0, count, rows):
         chunk = slice(start, start + rows)
-        similarity = queries[chunk] @ targets.T
+        similarity = query.rows[chunk] @ target.rows.T if whole is None else whole[chunk]
         if has_copies:
-            similarity = similarity[:, first]
+            similarity = similarity[:, target.first]
         own_index = groups[chunk, None] * num_generations + index[:num_generations]
-        own, own_valid, wanted = similarity.gather(1, own_index), target_valid[own_index], num_own[chunk, None]
-        other_valid = (ids[chunk, None] != ids) & target_valid
+        own, own_valid, wanted = similarity.gather(1, own_index), target.valid[own_index], num_own[chunk, None]
+        other_valid = (ids[chunk, None] != ids) & target.valid
         margins[chunk] = _mean(own, own_valid) - _mean(similarity, other_valid)
-        similarity.masked_fill_(~other_valid.scatter_(1, own_index, own_valid), -math.inf)
+        similarity = similarity.masked_fill(~other_valid.scatter_(1, own_index, own_valid), -math.inf)
         # The last similarity that still is in the top; of those equal to it, the first ones in index order are.
         last = similarity.topk(num_generations, dim=1).values.gather(1, (wanted - 1).clamp(min=0))
-        place = (similarity > last).sum(1, keepdim=True) + (similarity == last).cumsum(1).gather(1, own_index)
-        hits = own_valid & ((own > last) | ((own == last) & (place <= wanted)))
+        hits = own_valid & (own >= last)
+        crowded = ((similarity >= last).sum(1) != wanted[:, 0]).nonzero()[:, 0]
+        if len(crowded):
+            hits[crowded] &= _in_index_order(*(part[crowded] for part in (similarity, last, own_index, wanted)))
         rankings[chunk] = hits.sum(1) / wanted[:, 0].clamp(min=1).double()
 
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     rankings = torch.where(margins.to(dtype).isfinite(), rankings, math.nan)
     # Equal queries of one pair: the results of the first, not ones that differ by round-off.
-    first = _first_equal(torch.cat([groups[:, None], queries], dim=1))
-    scored = query_valid & (num_own > 0)
+    first = _first_of(query.first * count + groups)
+    scored = query.valid & (num_own > 0)
     results = [torch.where(scored, part[first], 0.0).to(dtype) for part in (rankings * margins, rankings, margins)]
     return RankMargin(*results)
+
+
+def _in_index_order(
+    similarity: torch.Tensor, last: torch.Tensor, own_index: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """bool, as own_index: among the `wanted` first ones, where those equal to the `last` of them count by index."""
+    place = (similarity > last).sum(1, keepdim=True) + (similarity == last).cumsum(1).gather(1, own_index)
+    return (similarity.gather(1, own_index) > last) | (place <= wanted)
