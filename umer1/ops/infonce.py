@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from umer1.errors import UserError
 from umer1.ops import infonce_torch
+from umer1.ops.autograd import graph_is_kept
 from umer1.ops.dispatch import choose, triton_obstacle
 from umer1.ops.infonce_distributed import all_rank_counts, gathered_share, ring_share, uses_ring
 from umer1.ops.infonce_share import Problem, Share, local_share
@@ -181,7 +182,7 @@ class _InfoNCE(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
         dtypes = (ctx.dtypes[0],) * 3 + (ctx.dtypes[1],)
-        kept = _graph_is_kept()
+        kept = graph_is_kept()
         scaled = []
         for part, dtype in zip(ctx.saved_tensors, dtypes, strict=True):
             if part is not None:
@@ -189,11 +190,6 @@ class _InfoNCE(torch.autograd.Function):
                 part = (part * gradient if kept else part.mul_(gradient)).to(dtype)
             scaled.append(part)
         return *scaled, None, None
-
-
-def _graph_is_kept() -> bool:
-    """Whether the running backward was given retain_graph=True."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def make_share(problem: Problem, group: dist.ProcessGroup | None, counts: list[list[int]], columns: str) -> Share:

@@ -12,12 +12,15 @@ the weights of the losses are known before (linear_cross_entropy), the gradient 
 """
 
 import math
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from umer1.ops.dispatch import Impl, choose
+from umer1.ops import linear_softmax_torch
+from umer1.ops.autograd import graph_is_kept
+from umer1.ops.dispatch import Impl, choose, triton_obstacle
 from umer1.ops.linear_softmax import Shard, accumulation_dtype, default_block_bytes, gradients, statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,10 +30,10 @@ class _LogProbs(torch.autograd.Function):
     """(log-probs, entropy); backward makes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, shard: Shard, temperature: float, entropy: bool, block_bytes: int):
-        found, _ = statistics(hidden, weight, shard, temperature, entropy=entropy, block_bytes=block_bytes)
+    def forward(ctx, hidden, weight, shard: Shard, temperature: float, entropy: bool, how: dict):
+        found, _ = statistics(hidden, weight, shard, temperature, entropy=entropy, **how)
         ctx.save_for_backward(hidden, weight)
-        ctx.found, ctx.shard, ctx.temperature, ctx.block_bytes = found, shard, temperature, block_bytes
+        ctx.found, ctx.shard, ctx.temperature, ctx.how = found, shard, temperature, how
         entropies = found.entropy() if entropy else None
         if entropy:
             ctx.mark_non_differentiable(entropies)
@@ -50,7 +53,7 @@ class _LogProbs(torch.autograd.Function):
             -upstream,
             need_hidden=need_hidden,
             need_weight=need_weight,
-            block_bytes=ctx.block_bytes,
+            **ctx.how,
         )
         return *made, None, None, None, None
 
@@ -59,9 +62,9 @@ class _KeptCrossEntropy(torch.autograd.Function):
     """(weighted sum of the losses, losses) of logits that are one block; backward scales what the forward made."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, row_weights, shard: Shard, temperature: float, block_bytes: int):
+    def forward(ctx, hidden, weight, row_weights, shard: Shard, temperature: float, how: dict):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        found, exponentials = statistics(hidden, weight, shard, temperature, block_bytes=block_bytes)
+        found, kept = statistics(hidden, weight, shard, temperature, **how)
         losses = -found.logprobs()
         made = gradients(
             hidden,
@@ -72,8 +75,8 @@ class _KeptCrossEntropy(torch.autograd.Function):
             row_weights,
             need_hidden=need_hidden,
             need_weight=need_weight,
-            block_bytes=block_bytes,
-            exponentials=exponentials,
+            kept=kept,
+            **how,
         )
         ctx.save_for_backward(*made)  # so that they go with the graph, not with the next one
         ctx.mark_non_differentiable(losses)
@@ -82,7 +85,9 @@ class _KeptCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        return *(None if made is None else made * upstream for made in ctx.saved_tensors), None, None, None, None
+        # Without a second backward to come the gradients themselves are handed over: no second copy of [V, H].
+        scale = torch.mul if graph_is_kept() else torch.Tensor.mul_
+        return *(None if made is None else scale(made, upstream) for made in ctx.saved_tensors), None, None, None, None
 
 
 def linear_logprobs(
@@ -113,9 +118,9 @@ def linear_logprobs(
     devices, where looking at it would wait for the device.  No ignored label: leave such rows out.
     ValueError: shapes, dtypes, temperature not above 0, a vocabulary that the weight cannot hold.
     """
-    shard = _check(hidden, weight, labels, temperature, vocab_size, group, impl)
-    block_bytes = _block_bytes(block_bytes, hidden.device)
-    return _LogProbs.apply(hidden, weight, shard, float(temperature), entropy, block_bytes)
+    shard = _check(hidden, weight, labels, temperature, vocab_size, group)
+    how = _how(hidden, block_bytes, impl)
+    return _LogProbs.apply(hidden, weight, shard, float(temperature), entropy, how)
 
 
 def linear_cross_entropy(
@@ -136,8 +141,8 @@ def linear_cross_entropy(
     asked for here, and not left to the caller's sum, so that the gradient can be made while the logits are there.
     Everything else is as in linear_logprobs.
     """
-    shard = _check(hidden, weight, labels, temperature, vocab_size, group, impl)
-    block_bytes = _block_bytes(block_bytes, hidden.device)
+    shard = _check(hidden, weight, labels, temperature, vocab_size, group)
+    how = _how(hidden, block_bytes, impl)
     dtype = accumulation_dtype(hidden.dtype)
     if row_weights is None:
         row_weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=dtype, device=hidden.device)
@@ -148,20 +153,30 @@ def linear_cross_entropy(
     row_weights = row_weights.to(dtype)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     # By the weight's rows and not the real ones among them: all ranks must run their collectives in the same pass.
-    if learns and len(labels) * len(weight) * dtype.itemsize <= block_bytes:
-        return _KeptCrossEntropy.apply(hidden, weight, row_weights, shard, float(temperature), block_bytes)
-    logprobs, _ = _LogProbs.apply(hidden, weight, shard, float(temperature), False, block_bytes)
+    if learns and len(labels) * len(weight) * dtype.itemsize <= how["block_bytes"]:
+        return _KeptCrossEntropy.apply(hidden, weight, row_weights, shard, float(temperature), how)
+    logprobs, _ = _LogProbs.apply(hidden, weight, shard, float(temperature), False, how)
     return -torch.dot(logprobs, row_weights), -logprobs.detach()
 
 
-def _block_bytes(asked: int | None, device: torch.device) -> int:
-    found = default_block_bytes(device) if asked is None else asked
-    if found < 1:
-        raise ValueError(f"block_bytes={found} must be above 0, e.g. {default_block_bytes(device)}")
-    return found
+def _how(hidden: torch.Tensor, block_bytes: int | None, impl: Impl) -> dict:
+    """What `statistics` and `gradients` both take: the size of a block, and who makes the passes over its logits."""
+    block_bytes = default_block_bytes(hidden.device) if block_bytes is None else block_bytes
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes={block_bytes} must be above 0, e.g. {default_block_bytes(hidden.device)}")
+    obstacle = triton_obstacle(hidden.device)
+    if hidden.dtype == torch.float64:
+        obstacle = "logits of fp64 rows are fp64, which the Triton kernels do not take"
+    obstacles = {"triton": obstacle, "torch": None}
+    if hidden.device.type == "cpu":  # the interpreter is for tests that ask for it
+        obstacles = {"torch": None, "triton": obstacle}
+    passes: ModuleType = linear_softmax_torch
+    if choose("linear_cross_entropy", impl, obstacles) == "triton":
+        from umer1_kernels import linear_softmax as passes
+    return {"block_bytes": block_bytes, "passes": passes}
 
 
-def _check(hidden, weight, labels, temperature, vocab_size, group, impl) -> Shard:
+def _check(hidden, weight, labels, temperature, vocab_size, group) -> Shard:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected [R, H] and [V_local, H], "
@@ -178,7 +193,6 @@ def _check(hidden, weight, labels, temperature, vocab_size, group, impl) -> Shar
     vocab_size = held if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= held:
         raise ValueError(f"vocab_size={vocab_size}: the ranks' weights hold {held} tokens; use 1 to {held}")
-    choose("linear_cross_entropy", impl, {"torch": None})
     shard = Shard.of(labels, len(weight), vocab_size, group)
     if labels.device.type == "cpu" and not bool(shard.legal.all()):
         wrong = labels[~shard.legal][0].item()

@@ -6,6 +6,7 @@ of a vocab-parallel group exchange [R] statistics once instead of once per chunk
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -24,8 +25,7 @@ class Shard:
     """This rank's part of the vocabulary, and where the labels of R rows lie in it."""
 
     columns: int  # real ones; the weight may have padded rows after them
-    own: torch.Tensor  # int64 [R]: the label's column here; of no meaning where the label lies elsewhere
-    here: torch.Tensor  # bool [R]: the label is one of this rank's columns
+    place: torch.Tensor  # int64 [R]: the label's column here, -1 where the label lies elsewhere
     legal: torch.Tensor  # bool [R]: the label is in the vocabulary at all
     group: dist.ProcessGroup | None  # None: this rank holds the whole vocabulary
 
@@ -38,27 +38,30 @@ class Shard:
         columns = min(max(vocab_size - start, 0), width)
         own = labels - start
         legal = (labels >= 0) & (labels < vocab_size)
-        return cls(columns, own, legal & (own >= 0) & (own < columns), legal, group)
+        return cls(columns, own.masked_fill(~(legal & (own >= 0) & (own < columns)), -1), legal, group)
 
     def blocks(self, column_bytes: int, block_bytes: int) -> list[slice]:
         """Slices of columns that take `block_bytes` together, or the least that is sensible."""
         size = max(block_bytes // max(column_bytes, 1), LEAST_COLUMNS)
         return [slice(start, min(start + size, self.columns)) for start in range(0, self.columns, size)]
 
-    def labels_in(self, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(int64 [R, 1]: the label's column in the block, 0 for labels outside; bool [R, 1]: it is inside)."""
-        inside = self.here & (self.own >= block.start) & (self.own < block.stop)
-        return (self.own - block.start).masked_fill(~inside, 0)[:, None], inside[:, None]
-
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Of each row over the whole vocabulary, in accumulation precision: [R] each."""
+    """Of each row over the columns so far, in accumulation precision: [R] each, updated in place."""
 
     largest: torch.Tensor  # largest logit
     total: torch.Tensor  # sum of exp(logit - largest)
-    chosen: torch.Tensor  # label's logit; NaN for a label outside the vocabulary
+    chosen: torch.Tensor  # label's logit; in the end NaN for a label outside the vocabulary
     moment: torch.Tensor | None  # sum of exp(logit - largest) * (logit - largest), where entropy is asked for
+
+    @classmethod
+    def of_no_column(cls, hidden: torch.Tensor, entropy: bool) -> "Statistics":
+        dtype = accumulation_dtype(hidden.dtype)
+        zero = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+        # The lowest finite number and not -inf: the first block's difference to it is finite, its weight 0.
+        lowest = torch.full_like(zero, torch.finfo(dtype).min)
+        return cls(lowest, zero, zero.clone(), zero.clone() if entropy else None)
 
     def logprobs(self) -> torch.Tensor:
         return (self.chosen - self.largest) - self.total.log()
@@ -91,61 +94,46 @@ def operand_dtype(hidden: torch.Tensor) -> torch.dtype:
     return hidden.dtype if hidden.device.type == "cuda" else accumulation_dtype(hidden.dtype)
 
 
-def logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[R, c] of rows [R, H] and columns [c, H], a new tensor that the caller may overwrite."""
-    block = product(hidden, weight.t())
-    return block if temperature == 1.0 else block.div_(temperature)
-
-
 def statistics(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     shard: Shard,
     temperature: float,
     *,
+    passes: ModuleType,
     block_bytes: int,
     entropy: bool = False,
-) -> tuple[Statistics, torch.Tensor | None]:
-    """(statistics over all ranks' columns, exp(logit - largest) [R, columns] if all columns were one block)
+) -> tuple[Statistics, tuple[torch.Tensor, torch.Tensor] | None]:
+    """(statistics over all ranks' columns, what `gradients` takes over if all columns were one block)
 
-    One matrix product, 2 R H V_local FLOPs.
+    passes: linear_softmax_torch, or what has its interface.  One matrix product, 2 R H V_local FLOPs.
     """
-    dtype = accumulation_dtype(hidden.dtype)
-    # The lowest finite number and not -inf: the first block's difference to it is finite, its weight 0.
-    largest = torch.full((len(hidden),), torch.finfo(dtype).min, dtype=dtype, device=hidden.device)
-    total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
-    moment = torch.zeros_like(largest) if entropy else None
-    blocks = shard.blocks(dtype.itemsize * len(hidden), block_bytes)
-    exponentials = None
+    found, kept = Statistics.of_no_column(hidden, entropy), None
+    blocks = shard.blocks(found.total.itemsize * len(hidden), block_bytes)
     for block in blocks:
-        values = logits(hidden, weight[block], temperature)
-        index, inside = shard.labels_in(block)
-        chosen += values.gather(1, index).where(inside, 0.0).squeeze(1)
-        before, largest = largest, torch.maximum(largest, values.amax(1))
-        fade = (before - largest).exp()
-        values.sub_(largest[:, None])
-        if entropy:
-            exponentials = values.exp()
-            moment = fade * (moment + total * (before - largest)) + values.mul_(exponentials).sum(1)
-        else:
-            exponentials = values.exp_()
-        total = fade * total + exponentials.sum(1)
-        del values
-    if len(blocks) != 1:
-        exponentials = None
+        values = product(hidden, weight[block].t())
+        passes.absorb(values, shard.place, block.start, temperature, found)
+        if len(blocks) == 1:
+            kept = values, found.largest if shard.group is None else found.largest.clone()
+        del values  # before the next block's
     if shard.group is not None and len(hidden):
-        local, largest = largest, largest.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=shard.group)
-        fade = (local - largest).exp()
-        if entropy:
-            moment = fade * (moment + total * (local - largest))
-        sums = torch.stack([fade * total, chosen, *([moment] if entropy else [])])
-        dist.all_reduce(sums, group=shard.group)
-        total, chosen, *rest = sums.unbind()
-        moment = rest[0] if entropy else None
-        if exponentials is not None:
-            exponentials.mul_(fade[:, None])
-    return Statistics(largest, total, chosen.masked_fill(~shard.legal, torch.nan), moment), exponentials
+        _over_ranks(found, shard.group)
+    found.chosen.masked_fill_(~shard.legal, torch.nan)
+    return found, kept
+
+
+def _over_ranks(found: Statistics, group: dist.ProcessGroup) -> None:
+    local = found.largest.clone()
+    dist.all_reduce(found.largest, op=dist.ReduceOp.MAX, group=group)
+    fade = (local - found.largest).exp()
+    if found.moment is not None:
+        found.moment.add_(found.total * (local - found.largest)).mul_(fade)
+    found.total.mul_(fade)
+    parts = [part for part in (found.total, found.chosen, found.moment) if part is not None]
+    sums = torch.stack(parts)
+    dist.all_reduce(sums, group=group)
+    for part, total in zip(parts, sums, strict=True):
+        part.copy_(total)
 
 
 def gradients(
@@ -156,17 +144,18 @@ def gradients(
     found: Statistics,
     upstream: torch.Tensor,
     *,
+    passes: ModuleType,
     need_hidden: bool,
     need_weight: bool,
     block_bytes: int,
-    exponentials: torch.Tensor | None = None,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of sum_i upstream_i * -logprob_i: (hidden [R, H], complete on every rank; weight [V_local, H]).
 
     d / d logits = upstream_i * (softmax_i - onehot_i) / temperature.  The row's factor goes to the [R, H] side of each
     product, so that what is rounded to the inputs' dtype for the tensor cores is softmax - onehot itself.
-    upstream: [R] in accumulation precision.  exponentials: as `statistics` gave them, overwritten; without them logits
-    are made anew.  Two products, three with that.
+    upstream: [R] in accumulation precision.  kept: as `statistics` gave it, overwritten; without it logits are made
+    anew.  Two products, three with that.
     """
     dtype = accumulation_dtype(hidden.dtype)
     factor = upstream / temperature
@@ -176,22 +165,18 @@ def gradients(
     scaled = (hidden * (factor / peak)[:, None]).to(operand) if need_weight else None
     hidden_gradient = hidden.new_zeros(hidden.shape, dtype=dtype) if need_hidden else None
     weight_gradient = torch.zeros_like(weight) if need_weight else None
-    reciprocal = (1.0 / found.total)[:, None]
     # A block of the weight's gradient, [c, H] before it is rounded, is to be no larger than one of logits.
     for block in shard.blocks(dtype.itemsize * max(hidden.shape), block_bytes):
-        if exponentials is None:
-            values = logits(hidden, weight[block], temperature).sub_(found.largest[:, None]).exp_()
+        if kept is None:
+            values, relative_to = product(hidden, weight[block].t()), None
         else:
-            values = exponentials[:, block]
-        index, inside = shard.labels_in(block)
-        values.scatter_add_(1, index, torch.where(inside, -found.total[:, None], 0.0))
-        # Scaled and rounded in one pass.
-        rounded = values if operand == dtype else torch.empty_like(values, dtype=operand)
-        values = torch.mul(values, reciprocal, out=rounded)
+            values, relative_to = kept[0][:, block], kept[1]
+        values = passes.slopes(values, shard.place, block.start, temperature, found, operand, relative_to)
         if need_hidden:
             hidden_gradient += product(values, weight[block].to(operand))
         if need_weight:
             weight_gradient[block] = product(values.t(), scaled).mul_(peak)
+        del values  # before the next block's
     if need_hidden:
         hidden_gradient *= factor[:, None]
         if shard.group is not None and len(hidden):
