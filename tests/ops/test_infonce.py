@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from infonce_reference import loss_and_gradients, reference_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from umer1.errors import UserError
-from umer1.ops import infonce_share, infonce_torch
+from umer1.ops import infonce_share, infonce_small, infonce_torch
 from umer1.ops.infonce import infonce, infonce_sums
 from umer1.testing import assert_close
 
@@ -143,6 +144,65 @@ def test_bf16_gradients_at_temperature_0_02_with_hard_negatives():
     assert distance(plain["d query"], want["d query"]) > 0.01 * want["d query"].norm()  # the case is hard
 
 
+class TensorCores(TorchDispatchMode):
+    """Products of 16-bit operands into fp32 as a GPU makes them, and the names of the calls that do work."""
+
+    NO_WORK = {
+        "view",
+        "t",
+        "transpose",
+        "permute",
+        "diagonal",
+        "unsqueeze",
+        "slice",
+        "detach",
+        "empty_like",
+        "new_empty",
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        if function.overloadpacket.__name__ not in self.NO_WORK:
+            self.calls.append(function.overloadpacket.__name__)
+        if function is aten.mm.dtype_out:
+            return kwargs["out"].copy_(args[0].float() @ args[1].float())
+        if function is aten.addmm.dtype_out:
+            return kwargs["out"].copy_(args[0] + kwargs["alpha"] * (args[1].float() @ args[2].float()))
+        return function(*args, **kwargs)
+
+
+def test_few_pairs_on_a_gpu_take_no_more_launches_than_plain_torch(monkeypatch):
+    """And are as accurate as many: the form with 16-bit operands, on the CPU."""
+    monkeypatch.setattr(infonce_small, "operand", lambda rows: rows)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    common, rows = torch.randn(1, 256, generator=generator), torch.randn(3, 200, 256, generator=generator)
+    query, key = (F.normalize(common + part, dim=1).bfloat16() for part in (rows[0], 0.35 * rows[0] + rows[1]))
+    labels = torch.arange(200)
+
+    def plain(query, key):
+        scores = (query @ key.T).float() / 0.02
+        return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
+
+    def run(form, dtype):
+        leaves = [query.to(dtype).requires_grad_(), key.to(dtype).requires_grad_()]
+        with TensorCores() as cores:
+            return torch.autograd.grad(form(*leaves), leaves), cores.calls
+
+    got, calls = run(lambda query, key: infonce(query, key, temperature=0.02), torch.bfloat16)
+    want, _ = run(lambda query, key: reference_loss(query, key, temperature=0.02), torch.float64)
+    for name, value, expected in zip(("query", "key"), got, want, strict=True):
+        error = distance(value, expected) / expected.norm().item()
+        assert error < 0.003, f"{name}: {error:.2%}"
+    _, theirs = run(plain, torch.bfloat16)
+    # Four of plain torch's calls are two launches: both gradients of the labels begin with zeros, and both softmaxes
+    # of the transposed scores with a copy.
+    assert len(calls) <= len(theirs) + 4, (calls, theirs)
+
+
 @pytest.mark.parametrize("where", ["query", "key", "negatives"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so(where, value):
@@ -218,7 +278,7 @@ def test_logits_are_never_whole(monkeypatch):
     monkeypatch.setattr(infonce_torch, "CPU_TILE", 32)
     largest = 0
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))

@@ -18,6 +18,7 @@ from umer1.ops.autograd import graph_is_kept
 from umer1.ops.dispatch import choose, triton_obstacle
 from umer1.ops.infonce_distributed import all_rank_counts, gathered_share, ring_share, uses_ring
 from umer1.ops.infonce_share import Problem, Share, local_share
+from umer1.ops.infonce_small import is_small, small_share
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COLUMNS = ("auto", "gather", "ring")
@@ -58,7 +59,8 @@ def infonce(
         and asks for gradients if one does.
     columns: "gather" collects all ranks' columns, "ring" passes them on, so that memory does not grow with the number
         of ranks; "auto" gathers up to `infonce_distributed.GATHER_LIMIT` bytes.
-    impl: "torch" (tiles of logits, any dtype and device), "triton" (CUDA, not fp64), "auto".
+    impl: "torch" (tiles of logits, any dtype and device), "triton" (CUDA, not fp64), "auto" (on CUDA triton, but torch
+        for up to `infonce_small.CUDA_PAIRS` pairs without options, whose logits then exist as a whole).
 
     Logits, softmaxes and the gradients' sums are fp32 (fp64); the logits never exist as a whole.  The gradient is made
     in the forward where any input needs one; a backward hands it over, scaled.  There is no second derivative.
@@ -68,11 +70,15 @@ def infonce(
     """
     counts = _check(query, key, temperature, labels, negatives, query_ids, key_ids, group, columns)
     total = sum(queries for queries, _, _ in counts)
+    plain = labels is None and query_ids is None and (negatives is None or not len(negatives)) and len(counts) == 1
+    small = is_small(query, key, plain=plain)
+    blocks = _implementation(query, impl, small)
     inputs = _Inputs(
         labels=labels,
         query_ids=query_ids,
         key_ids=key_ids,
-        blocks=_implementation(query, impl),
+        blocks=blocks,
+        small=small and blocks is infonce_torch,
         weight=1 / (2 * total),
         group=group,
         counts=counts,
@@ -108,6 +114,7 @@ def infonce_sums(
         query_ids=query_ids,
         key_ids=key_ids,
         blocks=_implementation(query, impl),
+        small=False,
         weight=weight,
         group=group,
         counts=counts,
@@ -126,6 +133,7 @@ class _Inputs:
     query_ids: torch.Tensor | None
     key_ids: torch.Tensor | None
     blocks: ModuleType
+    small: bool  # all logits at once, see infonce_small
     weight: float
     group: dist.ProcessGroup | None
     counts: list[list[int]]  # by rank: queries, keys, negatives
@@ -157,7 +165,10 @@ class _InfoNCE(torch.autograd.Function):
             with_statistics=inputs.with_statistics,
         )
         with torch.autocast(query.device.type, enabled=False):
-            share = make_share(problem, inputs.group, inputs.counts, inputs.columns)
+            if inputs.small:
+                share = small_share(problem)
+            else:
+                share = make_share(problem, inputs.group, inputs.counts, inputs.columns)
         loss = share.loss * inputs.weight
         if inputs.reduce and len(inputs.counts) > 1:
             dist.all_reduce(loss, group=inputs.group)
@@ -186,8 +197,9 @@ class _InfoNCE(torch.autograd.Function):
         scaled = []
         for part, dtype in zip(ctx.saved_tensors, dtypes, strict=True):
             if part is not None:
-                # Without a second backward to come the saved tensor itself is handed over: no second copy of it.
-                part = (part * gradient if kept else part.mul_(gradient)).to(dtype)
+                # Scaled into the inputs' dtype; where that is its own, and no second backward comes, in place.
+                into = part if part.dtype == dtype and not kept else torch.empty_like(part, dtype=dtype)
+                part = torch.mul(part, gradient, out=into)
             scaled.append(part)
         return *scaled, None, None
 
@@ -207,12 +219,12 @@ def _in_dtype(temperature: float | torch.Tensor, dtype: torch.dtype) -> float | 
     return float(temperature)
 
 
-def _implementation(query: torch.Tensor, impl: str) -> ModuleType:
+def _implementation(query: torch.Tensor, impl: str, small: bool = False) -> ModuleType:
     obstacle = triton_obstacle(query.device)
     if query.dtype == torch.float64:
         obstacle = "fp64 embeddings are summed in fp64, which the Triton kernels do not do"
     obstacles = {"triton": obstacle, "torch": None}
-    if query.device.type == "cpu":  # the interpreter is for tests that ask for it
+    if query.device.type == "cpu" or small:  # the interpreter is for tests that ask for it; few launches for few pairs
         obstacles = {"torch": None, "triton": obstacle}
     if choose("infonce", impl, obstacles) == "torch":
         return infonce_torch

@@ -9,7 +9,6 @@ from types import ModuleType
 
 import torch
 
-from umer1.ops import infonce_torch
 from umer1.ops.infonce_torch import Entries, Kept, Partials, merge
 
 KEPT_BYTES = 32 * 2**20
@@ -143,8 +142,6 @@ def log_scale_gradient(problem: Problem, grad_query: torch.Tensor) -> torch.Tens
 
 def local_share(problem: Problem) -> Share:
     """The share of a process that holds every row and column."""
-    if _is_small(problem):
-        return _dense_share(problem)
     labels, rows = problem.own_labels(), Rows()
     entries = len(problem.query) * (len(problem.key) + len(problem.negatives))
     all_fit = entries * problem.dtype.itemsize <= KEPT_BYTES
@@ -171,33 +168,6 @@ def local_share(problem: Problem) -> Share:
         if len(problem.negatives):
             ids, into = problem.negative_ids, (share.query, share.negatives)
             add_gradients(problem, terms, problem.negatives, None, ids, None, *into, kept_negatives)
-        share.log_scale = log_scale_gradient(problem, share.query)
-    return share
-
-
-def _is_small(problem: Problem) -> bool:
-    """One tile on the CPU without options: there the number of calls, not the arithmetic, is the time."""
-    plain = problem.labels is None and problem.query_ids is None and not len(problem.negatives)
-    on_cpu = problem.blocks is infonce_torch and problem.query.device.type == "cpu"
-    return plain and on_cpu and not problem.with_statistics and 0 < len(problem.query) <= infonce_torch.CPU_TILE
-
-
-def _dense_share(problem: Problem) -> Share:
-    """`local_share` of a small problem: the same formula on the one tile, in a third of the calls."""
-    query, key = problem.query.to(problem.dtype), problem.key.to(problem.dtype)
-    scale = 1 / float(problem.temperature)
-    logits = torch.addmm(query.new_empty(()), query, key.T, beta=0, alpha=scale)
-    by_row, by_column = torch.log_softmax(logits, 1), torch.log_softmax(logits, 0)
-    row_positive, column_positive = by_row.diagonal(), by_column.diagonal()
-    share = Share(-(row_positive.sum() + column_positive.sum()), None)
-    if problem.with_gradients:
-        at_positive = torch.expm1(row_positive).add_(torch.expm1(column_positive))
-        gradient = by_row.exp_().add_(by_column.exp_())
-        gradient.diagonal().copy_(at_positive)
-        empty, factor = query.new_empty(()), scale * problem.weight
-        share.query = torch.addmm(empty, gradient, key, beta=0, alpha=factor)
-        share.key = torch.addmm(empty, gradient.T, query, beta=0, alpha=factor)
-        share.negatives = query.new_zeros(0, query.shape[1])
         share.log_scale = log_scale_gradient(problem, share.query)
     return share
 

@@ -99,16 +99,16 @@ def sweep(
     kept: filled with what `gradients` may take over.
     """
     query, columns, labels, temperature, row_ids, column_ids = entries
-    tile, scale = _tile_size(query), _scale(temperature)
+    tile, scale = _tile_size(query), scale_of(temperature)
     by_rows: dict[int, _Row] = {}
     by_columns: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     logits_buffer = exponentials = None
     for start in range(0, len(columns), tile):
         c = slice(start, start + tile)
-        keys = _operand(columns[c])
+        keys = operand(columns[c])
         for first in range(0, len(query), tile):
             r = slice(first, first + tile)
-            rows = _operand(query[r])
+            rows = operand(query[r])
             shape, size = (len(rows), len(keys)), len(rows) * len(keys)
             if exponentials is None:
                 exponentials = _tile_buffer(query, columns, tile)
@@ -118,7 +118,7 @@ def sweep(
                 logits_buffer = torch.empty_like(exponentials) if logits_buffer is None else logits_buffer
                 logits = logits_buffer[:size].view(shape)
             place = None if labels is None else _place(labels[r], start, len(keys))
-            _logits(rows, keys, scale, logits)
+            logits_of(rows, keys, scale, logits)
             _leave_out(logits, _part(row_ids, r), _part(column_ids, c), place)
             scratch = exponentials[:size].view(shape)
             row = _row_partials(logits, place, scratch, statistics, masked=row_ids is not None)
@@ -164,14 +164,14 @@ def gradients(
     d loss / d log(1/t) is no output: it equals sum_i <q_i, d loss / d q_i> over all columns, since q enters as q/t.
     """
     query, columns, labels, temperature, row_ids, column_ids = entries
-    tile, scale = _tile_size(query), _scale(temperature)
+    tile, scale = _tile_size(query), scale_of(temperature)
     logits_buffer = probability_buffer = None
     for start in range(0, len(columns), tile):
         c = slice(start, start + tile)
-        keys = _operand(columns[c])
+        keys = operand(columns[c])
         for first in range(0, len(query), tile):
             r = slice(first, first + tile)
-            rows = _operand(query[r])
+            rows = operand(query[r])
             size = len(rows) * len(keys)
             place = None if labels is None else _place(labels[r], start, len(keys))
             if kept is not None and (first, start) in kept.tiles:
@@ -179,7 +179,7 @@ def gradients(
             else:
                 if logits_buffer is None:
                     logits_buffer = _tile_buffer(query, columns, tile)
-                logits = _logits(rows, keys, scale, logits_buffer[:size].view(len(rows), len(keys)))
+                logits = logits_of(rows, keys, scale, logits_buffer[:size].view(len(rows), len(keys)))
                 _leave_out(logits, _part(row_ids, r), _part(column_ids, c), place)
             if column_lse is None:
                 gradient = logits.sub_(row_lse[r, None]).exp_()
@@ -283,7 +283,7 @@ def _tile_buffer(query: torch.Tensor, columns: torch.Tensor, tile: int) -> torch
     return torch.empty(size, dtype=accumulator_dtype(query.dtype), device=query.device)
 
 
-def _scale(temperature: float | torch.Tensor) -> float | torch.Tensor:
+def scale_of(temperature: float | torch.Tensor) -> float | torch.Tensor:
     """1 / temperature: a number wherever no device has to be waited for, because products scale by numbers for free."""
     if isinstance(temperature, torch.Tensor):
         return 1 / temperature.item() if temperature.device.type == "cpu" else temperature.reciprocal()
@@ -294,12 +294,12 @@ def _part(ids: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return None if ids is None else ids[part]
 
 
-def _operand(rows: torch.Tensor) -> torch.Tensor:
+def operand(rows: torch.Tensor) -> torch.Tensor:
     """What products are made from: CUDA multiplies 16-bit values into fp32; the CPU is given fp32."""
     return rows if rows.device.type == "cuda" else rows.to(accumulator_dtype(rows.dtype))
 
 
-def _logits(rows: torch.Tensor, keys: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def logits_of(rows: torch.Tensor, keys: torch.Tensor, scale: float | torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """rows @ keys.T * scale in fp32 (fp64), in `out`."""
     if rows.dtype == out.dtype and isinstance(scale, float):
         return torch.addmm(out, rows, keys.T, beta=0, alpha=scale, out=out)

@@ -52,6 +52,6 @@ def head_bytes(
     if rows * columns * 4 <= limit and not logprobs:
         kept = weight + row_bytes
         return HeadBytes(row_bytes, max(forward, 4 * rows * columns + making + products), kept, kept, weight)
-    # The last block's logits are there until the next one's stand in their place.
-    values = 4 * rows * (block + min(block, columns - block))
-    return HeadBytes(row_bytes, forward, 0, making + values + max(products, upcast * (rows + block) * h), weight)
+    return HeadBytes(
+        row_bytes, forward, 0, making + 4 * rows * block + max(products, upcast * (rows + block) * h), weight
+    )
