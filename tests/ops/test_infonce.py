@@ -165,14 +165,13 @@ class TensorCores(TorchDispatchMode):
         self.calls: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, aten = kwargs or {}, torch.ops.aten
-        if function.overloadpacket.__name__ not in self.NO_WORK:
-            self.calls.append(function.overloadpacket.__name__)
-        if function is aten.mm.dtype_out:
-            return kwargs["out"].copy_(args[0].float() @ args[1].float())
-        if function is aten.addmm.dtype_out:
-            return kwargs["out"].copy_(args[0] + kwargs["alpha"] * (args[1].float() @ args[2].float()))
-        return function(*args, **kwargs)
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        if name not in self.NO_WORK and not (name == "new_zeros" and 0 in args[1]):
+            self.calls.append(name)
+        if function is not torch.ops.aten.addmm.dtype_out:
+            return function(*args, **kwargs)
+        product = kwargs["alpha"] * (args[1].float() @ args[2].float())
+        return kwargs["out"].copy_(args[0] + product if kwargs.get("beta", 1) else product)
 
 
 def test_few_pairs_on_a_gpu_take_no_more_launches_than_plain_torch(monkeypatch):

@@ -25,10 +25,10 @@ def small_share(problem: Problem) -> Share:
     scale = scale_of(problem.temperature)
     logits = logits_of(query, key, scale, query.new_empty(len(query), len(key), dtype=problem.dtype))
     by_row, by_column = torch.log_softmax(logits, 1), torch.log_softmax(logits, 0)
-    row_positive, column_positive = by_row.diagonal(), by_column.diagonal()
-    share = Share(-(row_positive + column_positive).sum(), None)
+    positive = torch.stack([by_row.diagonal(), by_column.diagonal()])
+    share = Share(-positive.sum(), None)
     if problem.with_gradients:
-        at_positive = torch.expm1(row_positive).add_(torch.expm1(column_positive))
+        at_positive = torch.expm1(positive).sum(0)
         gradient = by_row.exp_().add_(by_column.exp_())
         factor = scale * problem.weight
         if isinstance(factor, torch.Tensor):

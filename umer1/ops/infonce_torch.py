@@ -303,6 +303,8 @@ def logits_of(rows: torch.Tensor, keys: torch.Tensor, scale: float | torch.Tenso
     """rows @ keys.T * scale in fp32 (fp64), in `out`."""
     if rows.dtype == out.dtype and isinstance(scale, float):
         return torch.addmm(out, rows, keys.T, beta=0, alpha=scale, out=out)
+    if isinstance(scale, float):
+        return torch.addmm(out, rows, keys.T, out_dtype=out.dtype, beta=0, alpha=scale, out=out)
     if rows.dtype == out.dtype:
         torch.mm(rows, keys.T, out=out)
     else:
