@@ -56,16 +56,24 @@ def liger(hidden, weight, labels):
     return LigerFusedLinearCrossEntropyLoss()(weight, hidden, labels)
 
 
-def cut_cross_entropy(hidden, weight, labels):
-    from cut_cross_entropy import linear_cross_entropy
+def cut_cross_entropy(impl: str) -> Callable:
+    """Apple's: "cce" leaves out what is small in the gradients, "cce_exact" nothing and sums in fp32."""
 
-    return linear_cross_entropy(hidden, weight, labels)
+    def loss(hidden, weight, labels):
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, weight, labels, impl=impl)
+
+    return loss
 
 
-def ours(hidden, weight, labels):
-    from umer1.ops.linear_cross_entropy import linear_cross_entropy
+def ours(impl: str) -> Callable:
+    def loss(hidden, weight, labels):
+        from umer1.ops.linear_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(hidden, weight, labels)[0]
+        return linear_cross_entropy(hidden, weight, labels, impl=impl)[0]
+
+    return loss
 
 
 def ours_logprobs(hidden, weight, labels):
@@ -160,8 +168,14 @@ SUITE = Suite(
             within=megatron_groups,
         ),
         Provider(name="Liger fused linear CE", make=with_gradients(liger), package="liger_kernel", needs_cuda=True),
-        Provider(name="CCE", make=with_gradients(cut_cross_entropy), package="cut_cross_entropy", needs_cuda=True),
-        Provider(name="umer1", make=with_gradients(ours), ours=True),
+        *(
+            Provider(
+                name=name, make=with_gradients(cut_cross_entropy(impl)), package="cut_cross_entropy", needs_cuda=True
+            )
+            for name, impl in (("CCE", "cce"), ("CCE, exact", "cce_exact"))
+        ),
+        Provider(name="umer1", make=with_gradients(ours("auto")), ours=True),
+        Provider(name="umer1, torch", make=with_gradients(ours("torch")), ours=True, needs_cuda=True),
         Provider(name="umer1, log-probs", make=with_gradients(ours_logprobs), ours=True),
     ],
     inputs=make_inputs,

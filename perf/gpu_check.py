@@ -68,6 +68,8 @@ def all_parts() -> list[Part]:
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/kernels")
     if _found("xdist"):
         tests += ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile")
+    else:  # one after the other they would take too long
+        tests += ("-m", "not thorough")
     build = ("setup.py", "build_ext", "--inplace")
     return [
         Part(

@@ -263,7 +263,7 @@ def targets_table(records: list[dict[str, Any]]) -> str:
     reward = {"P": 256, "G": 8, "D": 1536}
     gather = {"T": 32768, "H": 3584, "N": 512}
     loss = {"R": 8192, "H": 1536, "V": 151936}
-    peers = lambda name: name in ("CCE", "Liger fused linear CE") or name.startswith("megatron")  # noqa: E731
+    peers = lambda name: name in ("CCE", "CCE, exact", "Liger fused linear CE") or name.startswith("megatron")  # noqa: E731
     mine = find(records, "gather_hidden", ours, "forward", **gather)
     at_limit = nce(ours, 262144)
     worst_small = min((median(nce(eager, rows)) / median(nce(ours, rows)) for rows in small), default=None)
