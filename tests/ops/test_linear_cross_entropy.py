@@ -215,6 +215,8 @@ def test_what_is_refused():
         ((hidden.float(), weight, labels), {}, "both must be the same of"),
         ((hidden.long(), weight.long(), labels), {}, "torch.bfloat16"),
         ((hidden, weight, labels[:5]), {}, r"expected int64 \[11\]"),
+        ((hidden, weight.to("meta"), labels), {}, "weight on meta, labels on cpu: use one device"),
+        ((hidden, weight, labels.to("meta")), {}, "weight on cpu, labels on meta: use one device"),
         ((hidden, weight, labels.int()), {}, r"expected int64 \[11\]"),
         ((hidden, weight, labels), {"temperature": 0.0}, "temperature=0.0"),
         ((hidden, weight, labels), {"temperature": math.nan}, "temperature=nan"),
@@ -229,7 +231,7 @@ def test_what_is_refused():
     for op in (linear_logprobs, linear_cross_entropy):
         with pytest.raises(ValueError, match="block_bytes=0"):
             op(hidden, weight, labels, block_bytes=0)
-    for row_weights in (scale[:5], scale.clone().requires_grad_()):
+    for row_weights in (scale[:5], scale.clone().requires_grad_(), scale.to("meta")):
         with pytest.raises(ValueError, match="row_weights"):
             linear_cross_entropy(hidden, weight, labels, row_weights=row_weights)
     with pytest.raises(UserError, match="impl='triton' cannot run: logits of fp64 rows are fp64"):

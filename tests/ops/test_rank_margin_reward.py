@@ -157,6 +157,7 @@ def test_rows_with_strides():
         (torch.zeros(4), torch.zeros(4), 2, {}, r"expected \[N \* G, D\]"),
         (torch.zeros(5, 3), torch.zeros(5, 3), 2, {}, "5 rollouts .* num_generations=2"),
         (torch.zeros(4, 3), torch.zeros(4, 3), 0, {}, "num_generations=0"),
+        (torch.zeros(4, 3), torch.zeros(4, 3), 2.0, {}, "num_generations=2.0"),
         (torch.zeros(0, 3), torch.zeros(0, 3), 2, {}, "empty"),
         (torch.zeros(4, 0), torch.zeros(4, 0), 2, {}, "empty"),
         (torch.zeros(4, 3), torch.zeros(4, 3).double(), 2, {}, "float32 and torch.float64"),

@@ -146,9 +146,10 @@ def linear_cross_entropy(
     dtype = accumulation_dtype(hidden.dtype)
     if row_weights is None:
         row_weights = torch.full(labels.shape, 1 / max(len(labels), 1), dtype=dtype, device=hidden.device)
-    elif row_weights.shape != labels.shape or row_weights.requires_grad:
+    elif row_weights.shape != labels.shape or row_weights.requires_grad or row_weights.device != hidden.device:
         raise ValueError(
-            f"row_weights {tuple(row_weights.shape)} for {len(labels)} rows: give [R] constants without gradient"
+            f"row_weights {tuple(row_weights.shape)} on {row_weights.device} for {len(labels)} rows on "
+            f"{hidden.device}: give [R] constants without gradient, on the same device"
         )
     row_weights = row_weights.to(dtype)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -185,6 +186,10 @@ def _check(hidden, weight, labels, temperature, vocab_size, group) -> Shard:
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         names = ", ".join(str(dtype) for dtype in DTYPES)
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: both must be the same of {names}")
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            f"hidden on {hidden.device}, weight on {weight.device}, labels on {labels.device}: use one device"
+        )
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)}: expected int64 [{len(hidden)}]")
     if not (math.isfinite(temperature) and temperature > 0):

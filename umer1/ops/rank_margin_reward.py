@@ -90,7 +90,7 @@ def _check(query, target, num_generations, query_valid, target_valid, target_ids
         raise ValueError(f"embeddings on {query.device} and {target.device}: expected one device")
     if query.numel() == 0:
         raise ValueError(f"embeddings {tuple(query.shape)} are empty: there is nothing to reward")
-    if num_generations < 1 or len(query) % num_generations:
+    if not isinstance(num_generations, int) or num_generations < 1 or len(query) % num_generations:
         raise ValueError(f"{len(query)} rollouts are no whole number of groups of num_generations={num_generations}")
     for name, valid in (("query_valid", query_valid), ("target_valid", target_valid)):
         if valid is not None and valid.shape != query.shape[:1]:
