@@ -111,6 +111,7 @@ def linear_logprobs(
     rows and labels and run backward with the same gradient; the gradient of `hidden` comes complete on every rank.
     block_bytes: size of one block of logits, None for the device's default; one to three of them, gradients and a few
     [R, H] are the memory this takes.
+    impl: who makes the passes over a block, torch or triton (CUDA, not fp64); the matrix products are torch's.
 
     Results are fp32 (fp64 of fp64), products accumulate in that and logits are never rounded to less; the entropy
     carries no gradient.  R may be 0: empty results, and a weight's gradient of zero.  NaN or infinity in a row makes
