@@ -21,6 +21,7 @@ from umer1.configuration import help_text
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import exit_on_user_error
 from umer1.plan import dry_run
+from umer1.training.config import machine_violations
 from umer1.training.grpo import GRPOTrainer
 from umer1.training.launch import default_policy_violations, prepare_default_prompts, read_command_line
 from umer1.training.policy_config import GRPOConfig
@@ -44,7 +45,7 @@ def main() -> None:
             GRPOConfig,
             sys.argv[1:],
             DEFAULT_CONFIG,
-            lambda config: default_policy_violations(config) + config.fp8.machine_violations(),
+            lambda config: default_policy_violations(config) + machine_violations(config),
         )
         with init_distributed(config.parallel, seed=config.run.seed) as state:
             prepare_default_prompts(config, state)

@@ -20,7 +20,7 @@ from umer1.configuration import help_text
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import exit_on_user_error
 from umer1.plan import dry_run
-from umer1.training.config import SFTConfig
+from umer1.training.config import SFTConfig, machine_violations
 from umer1.training.launch import prepare_default_data, read_command_line
 from umer1.training.sft import SFTTrainer
 from umer1.training.signals import end_with_launcher
@@ -39,9 +39,7 @@ def main() -> None:
         return
     end_with_launcher()
     with exit_on_user_error("pretrain_sft"):
-        config, directory = read_command_line(
-            SFTConfig, sys.argv[1:], DEFAULT_CONFIG, lambda config: config.fp8.machine_violations()
-        )
+        config, directory = read_command_line(SFTConfig, sys.argv[1:], DEFAULT_CONFIG, machine_violations)
         with init_distributed(config.parallel, seed=config.run.seed) as state:
             prepare_default_data(config, state)
             SFTTrainer(config, directory, state).fit()

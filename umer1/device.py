@@ -32,6 +32,12 @@ def has_te() -> bool:
 
 
 @cache
+def has_apex_gradient_kernel() -> bool:
+    """Whether apex's product that adds a weight's gradient to a buffer can be used (its --cuda_ext build)."""
+    return has_cuda() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@cache
 def has_triton() -> bool:
     """Whether triton is installed; its kernels run on CUDA devices, and in its interpreter for tests."""
     return importlib.util.find_spec("triton") is not None

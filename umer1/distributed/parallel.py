@@ -59,6 +59,9 @@ class ParallelConfig:
     overlap_param_gather: bool | None = None
     """Gather updated weights while the next forward pass runs; needs use_distributed_optimizer, overlap_grad_reduce.
     Unset: as overlap_grad_reduce is by default."""
+    gradient_accumulation_fusion: bool = False
+    """Let products add weights' gradients to the fp32 buffer themselves, instead of by way of a bf16 tensor; needs a
+    GPU with Transformer Engine, or apex built with --cuda_ext.  Never measured here, therefore off."""
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
     """CUDA graphs of the training step: not supported with packed micro-batches, none is the only legal value.  vLLM's
     rollouts are captured in graphs on GPUs in any case."""

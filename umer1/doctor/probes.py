@@ -5,6 +5,7 @@ from pathlib import Path
 import umer1
 from umer1.doctor.probe import Probe
 
+_APEX = "nothing, it is never needed; or build apex with --cuda_ext, as docker/Dockerfile does"
 _MAKE = "make setup, or pip install . in the repository"
 # vLLM's CPU build beside transformers needs this on its path; see the file.
 _VLLM_SITE = Path(umer1.__file__).parent / "rl" / "engines" / "child_site"
@@ -162,7 +163,23 @@ say(triton.__version__, where)""",
         "pip install --no-build-isolation transformer-engine[pytorch] on a machine with nvcc and cuDNN",
         distribution="transformer-engine",
     ),
-    _package("apex", "fused pieces that megatron-core takes when present; never needed", "nothing, or build apex"),
+    _package("apex", "AdamW and norms of gradients in fused kernels, where Transformer Engine's are not", _APEX),
+    Probe(
+        name="apex's gradient kernel",
+        purpose="--gradient-accumulation-fusion outside Transformer Engine's layers",
+        snippet="""
+missing("fused_weight_gradient_mlp_cuda")
+import torch
+import fused_weight_gradient_mlp_cuda as kernel
+if not torch.cuda.is_available():
+    absent("it is installed, but it needs a GPU")
+x, grad = (torch.randn(32, width, device="cuda", dtype=torch.bfloat16) for width in (16, 8))
+total = torch.ones(8, 16, device="cuda")
+kernel.wgrad_gemm_accum_fp32(x, grad, total)
+assert torch.allclose(total, 1 + grad.float().t() @ x.float(), rtol=1e-2, atol=1e-1)
+say("apex", "gradients were added up")""",
+        fix=_APEX,
+    ),
     Probe(
         name="vllm",
         purpose="rollouts of GRPO, generation in eval and annotate; without it the torch engine runs",

@@ -4,6 +4,7 @@ This is the one place that chooses.  FP8 (umer1/models/fp8.py) is settings of Tr
 `get_gpt_layer_with_transformer_engine_spec` read.
 """
 
+import copy
 import functools
 from typing import Literal
 
@@ -75,6 +76,24 @@ def uses_te_attention(core_attention: CoreAttentionName) -> bool:
     if core_attention == "te" and not devices.has_te():
         raise UserError("core_attention=te needs a CUDA device and the package transformer_engine; use auto or sdpa")
     return core_attention != "sdpa" and devices.has_te()
+
+
+def gradient_fusion_violations(asked: bool) -> list[str]:
+    """What this machine lacks for gradient_accumulation_fusion."""
+    if not asked or devices.has_te() or devices.has_apex_gradient_kernel():
+        return []
+    return [
+        "gradient_accumulation_fusion needs a CUDA device with the package transformer_engine, or with apex built with "
+        "--cuda_ext; leave it away"
+    ]
+
+
+def for_own_linears(config: TransformerConfig) -> TransformerConfig:
+    """`config` for megatron's linears outside transformer layers: they fuse gradients' accumulation by apex alone."""
+    if config.gradient_accumulation_fusion and not devices.has_apex_gradient_kernel():
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion = False
+    return config
 
 
 def block_submodules(

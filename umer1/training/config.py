@@ -6,6 +6,7 @@ from typing import Any
 from umer1.data.loader import DataConfig
 from umer1.distributed.parallel import ParallelConfig
 from umer1.losses.contrastive import LossConfig
+from umer1.models.backend import gradient_fusion_violations
 from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.training.build import ModelConfig
@@ -36,6 +37,12 @@ def offload_violations(config: Any) -> list[str]:
     if not config.parallel.use_distributed_optimizer:
         found.append("optimizer_cpu_offload needs use_distributed_optimizer, also for one rank")
     return found
+
+
+def machine_violations(config: Any) -> list[str]:
+    """What this process's machine lacks for an SFTConfig or GRPOConfig; all of it at once."""
+    fusion = gradient_fusion_violations(config.parallel.gradient_accumulation_fusion)
+    return config.fp8.machine_violations() + fusion
 
 
 def fp8_violations(config: Any) -> list[str]:

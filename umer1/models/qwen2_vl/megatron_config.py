@@ -110,6 +110,6 @@ def _common(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=parallel.gradient_accumulation_fusion,
         persist_layer_norm=False,
     )

@@ -92,7 +92,7 @@ class Qwen2VL(LanguageModule):
             self.output_layer = VocabularyHead(
                 config.hidden_size,
                 padded_vocab,
-                config=_without_sequence_parallel(config),
+                config=_of_the_head(config),
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -264,10 +264,13 @@ class Qwen2VL(LanguageModule):
         return 0.0 * torch.cat(trained).sum() if trained else torch.zeros(())
 
 
-def _without_sequence_parallel(config):
-    """The head's configuration: it works on chosen rows, which every tensor-parallel rank holds in full."""
+def _of_the_head(config):
+    """The head's configuration: it works on chosen rows, which every tensor-parallel rank holds in full.
+
+    Its weight's gradient comes through autograd, for the operations that stand for its product know no buffer.
+    """
     config = copy.copy(config)
-    config.sequence_parallel = False
+    config.sequence_parallel = config.gradient_accumulation_fusion = False
     return config
 
 

@@ -14,7 +14,13 @@ from torch import nn
 from umer1 import device as devices
 from umer1.distributed.parallel import ParallelState
 from umer1.models.attention import PackedSequences, SDPAPlan, packed_sequences
-from umer1.models.backend import CoreAttentionName, LayerNorm, block_submodules, uses_te_attention
+from umer1.models.backend import (
+    CoreAttentionName,
+    LayerNorm,
+    block_submodules,
+    for_own_linears,
+    uses_te_attention,
+)
 from umer1.models.qwen2_vl.config import VisionConfig
 from umer1.models.qwen2_vl.frames import Frames, VisionFeatures
 
@@ -38,7 +44,7 @@ class PatchMerger(MegatronModule):
         super().__init__(config)
         self.width = vision.merged_dim
         self.ln_q = LayerNorm(config, vision.embed_dim, eps=1e-6)
-        shared = dict(config=config, init_method=config.init_method, bias=True, tp_group=groups.tp)
+        shared = dict(config=for_own_linears(config), init_method=config.init_method, bias=True, tp_group=groups.tp)
         self.linear_fc1 = ColumnParallelLinear(self.width, self.width, gather_output=False, **shared)
         self.linear_fc2 = RowParallelLinear(
             self.width, vision.hidden_size, input_is_parallel=True, skip_bias_add=False, **shared
