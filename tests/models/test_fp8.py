@@ -1,5 +1,7 @@
 """FP8's settings, refusals and padding, as far as they go without a GPU; no product is made in FP8 here."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,19 @@ def test_every_violation_at_once(tiny):
         fp8=FP8Config(fp8_format="hybrid", first_last_layers_bf16=True, num_layers_at_end_in_bf16=3),
     )
     assert any("num_layers_at_end_in_bf16=3 must be at most 2" in p for p in deep.layout_violations(tiny.config, 1))
+
+
+def test_widths_that_no_fp8_product_takes():
+    """28 heads of 24 over four ranks: 7 heads are 168 wide, no multiple of 16."""
+    model = HFDirectory.open(ModelConfig().source, weights=False).config
+    model = replace(model, hidden_size=672, ffn_hidden_size=192, num_attention_heads=28, num_query_groups=4)
+    fp8 = FP8Config(fp8_format="hybrid")
+    assert fp8.model_violations(model, 1, 1) == []
+    (heads, together) = fp8.model_violations(model, 4, 1)
+    assert "the attention's heads has 168 on each of tensor_model_parallel_size=4" in heads and "216" in together
+    fp8.fp8_recipe = "mxfp8"
+    assert any("multiples of 32; the FFN has 48" in problem for problem in fp8.model_violations(model, 4, 1))
+    assert FP8Config().model_violations(model, 4, 1) == []
 
 
 @pytest.mark.parametrize("recipe, least", [("tensorwise", (8, 9)), ("blockwise", (9, 0)), ("mxfp8", (10, 0))])

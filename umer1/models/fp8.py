@@ -13,6 +13,7 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.utils import get_te_version, is_te_min_version
 
 from umer1 import device
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
 
 # The CUDA compute capability that each recipe's kernels begin with.
 CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -101,15 +102,29 @@ class FP8Config:
         versions = [VERSIONS[self.fp8_recipe]] + ([PARAM_GATHER_VERSION] if self.fp8_param_gather else [])
         return max(versions, key=lambda version: [int(part) for part in version.split(".")])
 
-    def layer_violations(self, num_layers: int, pipeline_stages: int) -> list[str]:
-        """Broken rules between the layers kept in bf16 and the decoder's depth; megatron's limit is a stage."""
-        if self.fp8_format is None or not self.first_last_layers_bf16:
+    def model_violations(self, model: Qwen2VLConfig, tensor_ranks: int, stages: int) -> list[str]:
+        """Broken rules between FP8 and the decoder's shape on its tensor-parallel ranks and pipeline stages."""
+        if self.fp8_format is None or self.fp8_recipe not in CAPABILITIES:
             return []
-        most = num_layers // pipeline_stages
-        return [
+        multiple = get_fp8_align_size(Fp8Recipe(self.fp8_recipe))
+        heads = model.num_attention_heads + 2 * model.num_query_groups
+        widths = {
+            "hidden_size": model.hidden_size,
+            "the FFN": model.ffn_hidden_size // tensor_ranks,
+            "the attention's heads": model.num_attention_heads * model.head_dim // tensor_ranks,
+            "query, key and value": heads * model.head_dim // tensor_ranks,
+        }
+        found = [
+            f"fp8_recipe={self.fp8_recipe} multiplies matrices whose sides are multiples of {multiple}; {name} has "
+            f"{width} on each of tensor_model_parallel_size={tensor_ranks} ranks"
+            for name, width in widths.items()
+            if width % multiple
+        ]
+        most = model.num_layers // stages  # megatron's limit
+        return found + [
             f"{name}={getattr(self, name)} must be at most {most}, the layers of one pipeline stage"
             for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-            if getattr(self, name) > most
+            if self.first_last_layers_bf16 and getattr(self, name) > most
         ]
 
     def keeps_in_bf16(self, layer: int, num_layers: int) -> bool:

@@ -106,10 +106,11 @@ class SFTConfig:
         found = self.parallel.violations(model_config, world_size)
         if found:
             return found
-        layers = self.fp8.layer_violations(model_config.num_layers, self.parallel.pipeline_model_parallel_size)
-        dp_size = world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
-        found = layers + self.data.violations(dp_size)
-        stages, pairs = self.parallel.pipeline_model_parallel_size, self.data.global_batch_size
+        ranks, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        fp8 = self.fp8.model_violations(model_config, ranks, stages)
+        dp_size = world_size // (ranks * stages)
+        found = fp8 + self.data.violations(dp_size)
+        pairs = self.data.global_batch_size
         if self.parallel.num_layers_per_virtual_pipeline_stage and not found and pairs // dp_size % stages:
             found.append(
                 f"global_batch_size={pairs} gives each of {dp_size} data-parallel ranks {pairs // dp_size} pairs; the "

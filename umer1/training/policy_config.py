@@ -134,9 +134,10 @@ class GRPOConfig:
         found = self.parallel.violations(model_config, world_size)
         if found:
             return found
-        dp_size = world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
-        layers = self.fp8.layer_violations(model_config.num_layers, self.parallel.pipeline_model_parallel_size)
-        found = layers + self.data.violations(dp_size)
+        ranks, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        fp8 = self.fp8.model_violations(model_config, ranks, stages)
+        dp_size = world_size // (ranks * stages)
+        found = fp8 + self.data.violations(dp_size)
         pairs, parts = self.data.global_batch_size, self.policy.mini_batches
         if not found and pairs // dp_size % parts:
             found.append(
