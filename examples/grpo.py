@@ -5,7 +5,7 @@
 goes on from the embedded default's SFT run (runs/mini-umer1, made by examples/pretrain_sft.py), with vLLM for the
 rollouts where it is installed and plain sampling elsewhere.  Real runs:
 
-    torchrun --nproc-per-node 8 examples/grpo.py --config examples/configs/qwen2_vl_2b_grpo.yaml \\
+    torchrun --nproc-per-node 8 examples/grpo.py --config examples/configs/qwen2_vl_2b_grpo_8xh100.yaml \\
         --hf-model runs/2b-hf --data-path rl.json --data-root data --save runs/2b-grpo --export-hf runs/2b-grpo-hf
 
 A run that was stopped goes on from its newest valid checkpoint when the same command is given again.  With --dry-run

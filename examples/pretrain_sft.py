@@ -4,7 +4,7 @@
 
 trains the embedded default (a tiny Qwen2-VL on generated pictures) on 1, 2 or 4 processes, GPU or not.  Real runs:
 
-    torchrun --nproc-per-node 8 examples/pretrain_sft.py --config examples/configs/qwen2_vl_2b_sft.yaml \\
+    torchrun --nproc-per-node 8 examples/pretrain_sft.py --config examples/configs/qwen2_vl_2b_sft_8xh100.yaml \\
         --hf-model Qwen2-VL-2B-Instruct --data-path train.jsonl --data-root data --save runs/2b --export-hf runs/2b-hf
 
 A run that was stopped goes on from its newest valid checkpoint when the same command is given again.  With --dry-run

@@ -38,7 +38,7 @@ class BatchesInTurn(FixedBatches):
     """Global batches one after the other, again and again."""
 
     def __init__(self, sources: list[FixedBatches]):
-        super().__init__(sources[0].batches)
+        super().__init__(sources[0].batches, sources[0].device)
         self.sources, self.taken = sources, 0
 
     def next(self) -> tuple[list[PackedBatch], bool]:
@@ -56,7 +56,7 @@ class CompareTrainer(SFTTrainer):
         # The multiple of every recipe, so that all precisions see the same slots.
         made = [random_pairs(directory, PAIRS, seed=seed, **sizes) for seed in range(GLOBAL_BATCHES)]
         self.fixed = [
-            FixedBatches([pack(pairs[i : i + micro_batch], 32).to(state.device) for i in range(0, PAIRS, micro_batch)])
+            FixedBatches([pack(pairs[i : i + micro_batch], 32) for i in range(0, PAIRS, micro_batch)], state.device)
             for pairs in made
         ]
         models = build_training_model(

@@ -101,15 +101,25 @@ def packed(case: Case, pairs: list[EncodedPair], state: ParallelState) -> list[P
     return batches
 
 
+class PackedAnew(FixedBatches):
+    """Micro-batches that are packed for each step, so that their pixels can go when the ViT has seen them."""
+
+    def __init__(self, case: Case, pairs: list[EncodedPair], state: ParallelState):
+        self.case, self.pairs, self.state = case, pairs, state
+
+    def next(self) -> tuple[list[PackedBatch], bool]:
+        batches = packed(self.case, self.pairs, self.state)
+        return batches, len(batches) > 1
+
+
 class CaseTrainer(SFTTrainer):
     """The trainer's step without its program: no files, no logs, no checkpoints."""
 
     def __init__(self, case: Case, pairs: list[EncodedPair], state: ParallelState):
         config, directory = case.config(), directory_of(case.model)
-        batches = packed(case, pairs, state)
         models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
         fill_randomly(models)
-        Trainer.__init__(self, config, directory, state, FixedBatches(batches), models)
+        Trainer.__init__(self, config, directory, state, PackedAnew(case, pairs, state), models)
 
 
 def compare(case: Case, make: Callable = CaseTrainer) -> dict[str, Any]:
@@ -120,8 +130,9 @@ def compare(case: Case, make: Callable = CaseTrainer) -> dict[str, Any]:
             trainer = make(case, pairs, state)
             for _ in range(2):  # the first step makes the optimizer's states
                 trainer.train_step()
-        predicted = sft_memory(case.setup(), state.pp_rank, trainer.source.batches, state.dp_rank)
-        return row(state, predicted, peak, trainer.source.batches)
+        batches = packed(case, pairs, state)
+        predicted = sft_memory(case.setup(), state.pp_rank, batches, state.dp_rank)
+        return row(state, predicted, peak, batches)
 
 
 def row(state: ParallelState, predicted: Timeline, peak: Peak, batches: list[PackedBatch]) -> dict[str, Any]:

@@ -45,11 +45,11 @@ class FixedBatches:
 
     is_source = True
 
-    def __init__(self, batches: list[PackedBatch]):
-        self.batches = batches
+    def __init__(self, batches: list[PackedBatch], device: torch.device):
+        self.batches, self.device = batches, device
 
     def next(self) -> tuple[list[PackedBatch], bool]:
-        return [replace(batch, vision_features=None) for batch in self.batches], len(self.batches) > 1
+        return [replace(batch, vision_features=None).to(self.device) for batch in self.batches], len(self.batches) > 1
 
     def take_drawn(self) -> list:
         """No samples of a file to name."""
@@ -69,7 +69,7 @@ class StepTrainer(SFTTrainer):
             config.model, config.parallel, directory, state, weights_follow=True, fp8=config.fp8
         )
         fill_randomly(models)
-        source = FixedBatches([batch.to(state.device) for batch in batches])
+        source = FixedBatches(batches, state.device)
         Trainer.__init__(self, config, directory, state, source, models)
 
 

@@ -25,7 +25,7 @@ def command_line(description: str) -> argparse.Namespace:
 
 
 def model_settings(fp32: bool) -> tuple[ModelConfig, ParallelConfig]:
-    """One process, frozen ViT, whole layers recomputed, as examples/configs/qwen2_vl_2b_*.yaml have it."""
+    """One process, frozen ViT, whole layers recomputed, to fit any GPU."""
     parallel = ParallelConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     return ModelConfig(fp32=fp32, bf16=not fp32), parallel
 

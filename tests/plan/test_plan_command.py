@@ -12,6 +12,7 @@ from umer1.errors import ConfigError, UserError
 from umer1.plan import command
 from umer1.plan.dry_run import dry_run
 from umer1.plan.layout import Layout, stage_layers
+from umer1.plan.report import headline
 from umer1.training.launch import default_policy_violations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,12 +27,28 @@ def run_json(capsys, *argv: str) -> dict:
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 @pytest.mark.parametrize("size", ["2b", "7b"])
-@pytest.mark.parametrize("world_size", [8, 64])
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_recipes(stage, size, world_size, capsys):
+    """A committed recipe passes --dry-run at its size, line 1 is the plan's, and it recomputes no more than it must."""
+    config = CONFIGS / f"qwen2_vl_{size}_{stage}_{world_size}xh100.yaml"
+    flags = ["--config", str(config), "--shape", f"qwen2-vl-{size}", "--world-size", str(world_size)]
+    plan = dry_run(stage, ["--dry-run", *flags], config)
+    assert "built with" in capsys.readouterr().out
+    assert config.read_text().splitlines()[0] == f"# {headline(plan)}"
+    parallel = plan.setup.parallel
+    recomputed = parallel.recompute_num_layers if parallel.recompute_granularity == "full" else 0
+    assert (recomputed, parallel.recompute_method) == (plan.least_recomputation, "block" if recomputed else None)
+    assert plan.setup.config.data.global_batch_size == (1024 if stage == "sft" else 32)  # METHOD's
+    assert parallel.overlap_grad_reduce is parallel.overlap_param_gather is (plan.setup.layout.dp > 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "world_size"), [("sft", "2b", 8), ("sft", "7b", 64), ("grpo", "2b", 1), ("grpo", "7b", 8)]
+)
 def test_published_recipes(stage, size, world_size, capsys):
-    """The committed recipes fit 80 GB GPUs at 8 and 64; what the plan says about them hangs together."""
-    flags = ["--config", str(CONFIGS / f"qwen2_vl_{size}_{stage}.yaml"), "--shape", f"qwen2-vl-{size}"]
-    if (stage, size, world_size) == ("grpo", "2b", 64):
-        flags += ["--global-batch-size", "64"]  # 32 pairs are fewer than its ranks
+    """What the plan says about recipes that fit 80 GB GPUs hangs together."""
+    config = CONFIGS / f"qwen2_vl_{size}_{stage}_{world_size}xh100.yaml"
+    flags = ["--config", str(config), "--shape", f"qwen2-vl-{size}"]
     plan = run_json(capsys, stage, *flags, "--world-size", str(world_size))
     layout, memory = plan["layout"], plan["memory"]["fullest"]
     assert layout["tensor_parallel"] * layout["data_parallel"] * layout["pipeline_parallel"] == world_size
@@ -40,11 +57,28 @@ def test_published_recipes(stage, size, world_size, capsys):
         assert sum(stage_memory["parts"].values()) == stage_memory["peak_bytes"]
     assert plan["flops"]["model"] < plan["flops"]["executed"]
     assert plan["negatives_per_query"] == (1023 if stage == "sft" else None)
-    # Weights cut by TP with bf16 gradients in fp32: between 5 and 7 bytes a parameter and rank before the optimizer.
-    each = sum(plan["parameters"].values()) / layout["tensor_parallel"]
-    states = memory[0]["parts"]["weights"] + memory[0]["parts"]["gradients"]
-    assert 4.5 * each < states < 6.5 * each
+    # Decoder cut by TP, bf16 weights with fp32 gradients: between 5 and 7 bytes a parameter and rank before the
+    # optimizer; the frozen ViT is whole on each.
+    vision = 2 * plan["parameters"]["frozen"]
+    each = plan["parameters"]["trained"] / layout["tensor_parallel"]
+    states = memory[0]["parts"]["weights"] + memory[0]["parts"]["gradients"] - vision
+    assert 5.5 * each < states < 6.5 * each
     assert plan["seconds_per_step"]["all"] > 0 and plan["largest_micro_batch"] > 0
+
+
+def test_an_offloaded_optimizer_is_in_host_memory(capsys):
+    """7B in full on one 80 GB GPU: 12 bytes a trained parameter go, and the host has 16, a gradient's copy included."""
+    config = CONFIGS / "qwen2_vl_7b_sft_1xh100.yaml"
+    flags = ["sft", "--config", str(config), "--shape", "qwen2-vl-7b", "--world-size", "1"]
+    moved = run_json(capsys, *flags)
+    with pytest.raises(SystemExit):
+        command.main([*flags, "--no-optimizer-cpu-offload", "--json"])
+    whole = json.loads(capsys.readouterr().out)
+    trained = moved["parameters"]["trained"]
+    parts = [plan["memory"]["fullest"][0]["parts"] for plan in (moved, whole)]
+    assert parts[0].get("optimizer states", 0) == 0 and parts[1]["optimizer states"] == 12 * trained
+    assert (moved["host_bytes"], whole["host_bytes"]) == (16 * trained, 0)
+    assert moved["seconds_per_step"]["all"] > whole["seconds_per_step"]["all"]
 
 
 def test_a_run_that_does_not_fit(capsys):
@@ -136,7 +170,7 @@ def test_help_names_every_setting(capsys):
     ],
 )
 def test_dry_run_builds_each_stage_of_a_cluster(stage, flags, built, capsys):
-    config = CONFIGS / f"qwen2_vl_7b_{stage}.yaml"
+    config = CONFIGS / f"qwen2_vl_7b_{stage}_64xh100.yaml"
     before = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     dry_run(stage, ["--dry-run", "--config", str(config), "--shape", "qwen2-vl-7b", *flags], config)
     assert {name: os.environ.get(name) for name in before} == before

@@ -27,7 +27,8 @@ from umer1.training.build import ModelConfig
 from umer1.training.config import SFTConfig
 from umer1.training.flops import step_flops
 
-RECOMPUTE = ({}, {"recompute_granularity": "selective"}, {"recompute_granularity": "full"})
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+RECOMPUTE = ({}, {"recompute_granularity": "selective"}, {"recompute_granularity": "full"}, BLOCK)
 
 
 def drawn_case(seed: int) -> Case:
@@ -40,7 +41,7 @@ def drawn_case(seed: int) -> Case:
     )
     model = shape(hidden, draw.randrange(2, 7), 4, 2, hidden * draw.randrange(2, 4), 1024, tied=draw.random() < 0.5)
     parallel = dict(draw.choice(RECOMPUTE))
-    if parallel.get("recompute_granularity") == "full" and model.num_layers % 2 == 0:
+    if parallel == {"recompute_granularity": "full"} and model.num_layers % 2 == 0:
         parallel |= {"recompute_method": "uniform", "recompute_num_layers": 2}
     micro_batch = draw.choice((1, 2))
     return Case(

@@ -6,7 +6,7 @@ data-parallel rank updates its equal share of each bucket.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umer1.distributed.parallel import ParallelConfig
 from umer1.plan.parameters import Parameter
@@ -78,6 +78,10 @@ class StateBytes:
     """Weights of the largest chunk's buffer: what one collective gathers."""
     trained: int
     """Trained parameters, a number of elements without padding."""
+    updated: int
+    """Elements that this rank's optimizer moves."""
+    host: int = 0
+    """In host memory, under optimizer_cpu_offload; not part of the sums."""
 
     @property
     def optimizer(self) -> int:
@@ -105,4 +109,12 @@ def state_bytes(
         largest = max(largest, buffer.numel * itemsize)
     main = 4 * updated if itemsize < 4 else 0
     trained = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.trained)
-    return StateBytes(parameters, gradients, main, 8 * updated, largest, trained)
+    return StateBytes(parameters, gradients, main, 8 * updated, largest, trained, updated)
+
+
+def offloaded(states: StateBytes, *, device: str) -> StateBytes:
+    """With main weights and moments in the host's memory, and a copy of the gradients beside them."""
+    gradients = 4 * states.updated
+    if device == "cpu":  # the host's memory is the device's
+        return replace(states, main_weights=states.main_weights + gradients)
+    return replace(states, main_weights=0, moments=0, host=states.optimizer + gradients)

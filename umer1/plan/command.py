@@ -1,12 +1,15 @@
 """`umer1 plan`: what a training run would take, before anything of it exists.
 
-    umer1 plan sft --config examples/configs/qwen2_vl_2b_sft.yaml --shape qwen2-vl-2b --world-size 8 --hardware h100
+    umer1 plan sft --config examples/configs/qwen2_vl_2b_sft_8xh100.yaml --shape qwen2-vl-2b --world-size 8
     umer1 plan grpo --config FILE --hf-model DIR --world-size 64 --hardware h200 --json
+
+    umer1 plan sft --config FILE --shape qwen2-vl-7b --world-size 8 --headline
 
 Needs no GPU and no weights: the model's shape is that of --shape, or of --hf-model's config.json.  Every setting of
 training is legal, and the settings' own rules are checked for --world-size processes; paths of data and checkpoints
 are not looked at.  The memory is counted allocation by allocation (docs/plan.md tells how far it is right); times rest
-on assumptions that are named.  --json writes the whole plan as JSON; status 1: the run would not fit.
+on assumptions that are named.  --json writes the whole plan as JSON, --headline one line of it: the first of the
+recipes in examples/configs.  Status 1: the run would not fit.
 """
 
 import json
@@ -17,7 +20,7 @@ from typing import Any
 from umer1.configuration import help_text, load_config
 from umer1.errors import UserError
 from umer1.plan.predict import Plan, make_plan
-from umer1.plan.report import as_json, as_text, header, settings_text
+from umer1.plan.report import as_json, as_text, header, headline, settings_text
 from umer1.plan.settings import GRPOPlanConfig, SFTPlanConfig, training_part, without_files
 from umer1.plan.shapes import find_shape
 
@@ -33,13 +36,15 @@ def main(argv: list[str]) -> None:
         return
     if argv[0] not in STAGES:
         raise UserError(f"{argv[0]!r} is no stage of training; use {stages}")
-    stage, rest = argv[0], [word for word in argv[1:] if word != "--json"]
+    stage, rest = argv[0], [word for word in argv[1:] if word not in ("--json", "--headline")]
     if {"-h", "--help"} & set(rest):
         print(help_text(STAGES[stage], __doc__))
         return
     plan = read_plan(stage, rest)
     if "--json" in argv:
         print(json.dumps(as_json(plan), indent=2))
+    elif "--headline" in argv:
+        print(headline(plan))
     else:
         print("\n\n".join([header(plan.settings, stage), settings_text(plan), as_text(plan)]))
     if plan.problems():

@@ -37,15 +37,19 @@ def is_asked(argv: list[str]) -> bool:
 
 def dry_run(
     stage: str, argv: list[str], default_config: Path, check: Callable[[Any], list[str]] = lambda config: []
-) -> None:
-    """Check, play the ranks, print the plan.  Raises ConfigError with all violations, UserError if it does not fit.
+) -> Plan | None:
+    """Check, play the ranks, print the plan and return it; None on other ranks than the first.
+
+    Raises ConfigError with all violations, UserError if it does not fit.
+
+    Raises ConfigError with all violations, UserError if it does not fit.
 
     stage, default_config, check: as the program has them.  Flags of PlanConfig are legal beside those of training;
     --shape stands for a model directory that this machine does not have.  Under torchrun the first rank alone speaks,
     and --world-size is torchrun's where it is not given.
     """
     if int(os.environ.get("RANK", "0")):
-        return
+        return None
     argv = [word for word in argv if word != FLAG]
     given = any(word.split("=")[0] == "--world-size" for word in argv)
     if not given and launched_world_size() > 1:
@@ -57,6 +61,7 @@ def dry_run(
     print(f"\n{as_text(plan)}", flush=True)
     if plan.problems():
         raise UserError("the run would not fit: " + "; ".join(plan.problems()))
+    return plan
 
 
 def _checked_plan(stage: str, argv: list[str], default_config: Path, check: Callable[[Any], list[str]]) -> Plan:

@@ -17,10 +17,13 @@ class PolicyPasses(StagePasses):
 
     logprobs = True
 
-    def frames(self, batch: PackedBatch) -> Frames:
+    def divided(self, batch: PackedBatch) -> Frames:
         """All pictures on one rank: ranks that divide them take as many micro-batches' prompts together as they are,
         and rollouts of one prompt need the features of one rank."""
         return Frames.of(batch.grid_thw, self.setup.model.vision, 0, 1)
+
+    def seen_pixels(self, batch: PackedBatch) -> int:
+        return 0  # they are the prompts', whose engine may ask for them again
 
     def kept_features(self, batch: PackedBatch) -> int:
         return self.features(batch) // self.setup.vision_ranks

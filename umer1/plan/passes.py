@@ -61,9 +61,13 @@ class StagePasses:
             logprobs=self.logprobs,
         )
 
+    def divided(self, batch: PackedBatch) -> Frames:
+        """Its pictures between the ranks that see them."""
+        return self.setup.frames(batch)
+
     def frames(self, batch: PackedBatch) -> Frames:
         if id(batch) not in self.shares:
-            self.shares[id(batch)] = self.setup.frames(batch)
+            self.shares[id(batch)] = self.divided(batch)
         return self.shares[id(batch)]
 
     def patches(self, batch: PackedBatch) -> int:
@@ -79,6 +83,10 @@ class StagePasses:
     def features(self, batch: PackedBatch) -> int:
         """The ViT's output before the merger."""
         return self.patches(batch) * self.setup.model.vision.embed_dim * self.setup.itemsize
+
+    def seen_pixels(self, batch: PackedBatch) -> int:
+        """fp32 pixels that go when the frozen ViT has seen them."""
+        return self.patches(batch) * self.setup.model.vision.patch_dim * 4
 
     def kept_features(self, batch: PackedBatch) -> int:
         """Of the frozen ViT's output, for the rest of the step."""
@@ -116,6 +124,7 @@ class StagePasses:
         if not self.train_vision:
             self.vision_features.add(id(batch))
             self.line.hold("vision features", self.kept_features(batch), "the ViT's forward")
+            self.line.drop("batch", self.seen_pixels(batch))
 
     # -- passes ------------------------------------------------------------------------------------------------------
 

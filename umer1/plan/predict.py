@@ -10,7 +10,7 @@ from umer1.plan.parameters import stage_parameters
 from umer1.plan.rollouts import Rollouts, plan_rollouts
 from umer1.plan.settings import PlanConfig
 from umer1.plan.setup import Setup
-from umer1.plan.speed import Work, step_work, train_seconds
+from umer1.plan.speed import Work, host_seconds, step_work, train_seconds
 from umer1.plan.steps import Steps, packed_of
 from umer1.plan.timeline import Timeline
 
@@ -38,6 +38,8 @@ class Plan:
     rollouts: Rollouts | None
     largest_micro_batch: int | None
     """Pairs (GRPO: responses) of the assumed size; None: nothing limits them."""
+    least_recomputation: int | None
+    """Layers of a stage (Steps.least_recomputation)."""
     batch_step: int
     """Legal global batches are its multiples."""
 
@@ -108,7 +110,7 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
         scoring_passes=(1 + (config.policy.beta > 0)) if steps.policy else 0,
         vision_once=1 / group,
     )
-    made = None
+    computing, made = train_seconds(setup, work, settings.assumed_utilisation), None
     if steps.policy:
         made = plan_rollouts(setup, settings, settings.side(response=0), 2 * config.data.global_batch_size)
     negatives = None
@@ -126,8 +128,9 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
         fullest_tokens=len(packed_of(fullest[0]).input_ids),
         negatives=negatives,
         work=work,
-        train_seconds=train_seconds(setup, work, settings.assumed_utilisation),
+        train_seconds=None if computing is None else computing + host_seconds(setup, settings.assumed_host_bandwidth),
         rollouts=made,
         largest_micro_batch=steps.largest_micro_batch(),
+        least_recomputation=steps.least_recomputation(),
         batch_step=steps.batch_step,
     )

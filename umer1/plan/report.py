@@ -40,7 +40,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pipeline_bubble": plan.work.bubble,
         "seconds_per_step": {"training": plan.train_seconds, "all": plan.seconds},
         "rollouts": None if plan.rollouts is None else asdict(plan.rollouts),
+        "host_bytes": max(setup.states(stage).host for stage in range(layout.pp)),
         "largest_micro_batch": plan.largest_micro_batch,
+        "least_recomputation": plan.least_recomputation,
         "global_batch_multiple_of": plan.batch_step,
         "assumptions": asdict(plan.settings),
         "problems": plan.problems(),
@@ -152,7 +154,32 @@ def _memory_table(plan: Plan) -> str:
         )
         what = "responses" if plan.rollouts is not None else "pairs"
         table.append(f"  largest micro-batch that fits: {plan.largest_micro_batch} {what} of the assumed size")
+        table.append(f"  least recomputation that fits with the fullest: {_recomputation(plan)}")
+    host = max(plan.setup.states(stage).host for stage in range(plan.setup.layout.pp))
+    if host:
+        table.append(f"  in host memory for each rank: {host / GIB:.1f} GiB of the optimizer")
     return "\n".join(table)
+
+
+def _recomputation(plan: Plan) -> str:
+    count = plan.least_recomputation
+    if count is None:
+        return "all layers are too few"
+    flags = f"--recompute-granularity full --recompute-method block --recompute-num-layers {count}"
+    return f"{count} layers of a stage ({flags})" if count else "none"
+
+
+def headline(plan: Plan) -> str:
+    """Line 1 of a recipe: devices, memory, time, and where the figures come from."""
+    setup, engine = plan.setup, ""
+    if plan.rollouts is not None and plan.rollouts.engine == "vllm":
+        engine = f" ({plan.rollout_bytes / GIB:.0f} GiB while vLLM generates)"
+    host = max(setup.states(stage).host for stage in range(setup.layout.pp)) / GIB
+    beside = f" and {host:.0f} GiB of the host's" if host else ""
+    return (
+        f"{setup.world_size} x {setup.hardware.name}: {plan.peak_bytes / GIB:.0f} GiB of each{beside}{engine}, "
+        f"{plan.seconds:.1f} s a step; estimated by `umer1 plan`, not measured."
+    )
 
 
 def _speed(plan: Plan) -> str:

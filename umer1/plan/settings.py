@@ -34,6 +34,8 @@ class PlanConfig:
     """Assumed tokens of a GRPO response: the mean that UME-R1-2B is reported with."""
     assumed_utilisation: float = 0.4
     """Assumed share of the device's peak that all executed matrix products reach together."""
+    assumed_host_bandwidth: float = 40e9
+    """Assumed bytes/s of a rank's optimizer in host memory, copies to and from the device included."""
     assumed_bandwidth: float = 0.5
     """Assumed share of the memory's bandwidth that decoding reaches."""
 
@@ -50,6 +52,8 @@ class PlanConfig:
         for name in ("assumed_utilisation", "assumed_bandwidth"):
             if not 0 < getattr(self, name) <= 1:
                 found.append(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        if not self.assumed_host_bandwidth > 0:
+            found.append(f"assumed_host_bandwidth={self.assumed_host_bandwidth} must be above 0")
         try:
             find_hardware(self.hardware)
         except UserError as error:

@@ -10,7 +10,7 @@ from umer1.distributed.parallel import ParallelConfig
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.activations import Kernel
-from umer1.plan.buffers import StateBytes, state_bytes
+from umer1.plan.buffers import StateBytes, offloaded, state_bytes
 from umer1.plan.fp8 import weight_bytes
 from umer1.plan.hardware import Hardware
 from umer1.plan.layout import Layout
@@ -61,9 +61,10 @@ class Setup:
     def states(self, stage: int, dp_rank: int = 0) -> StateBytes:
         """What stays from step to step on a rank of pipeline stage `stage`."""
         chunks = stage_parameters(self.model, self.parallel, stage, self.config.model.train_vision)
-        return state_bytes(
+        states = state_bytes(
             chunks, self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
         )
+        return offloaded(states, device=self.device) if self.config.optimizer.optimizer_cpu_offload else states
 
     def fp8_weights(self, stage: int) -> int:
         """What the FP8 copies of a rank's matrices take beside its weights."""

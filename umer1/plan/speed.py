@@ -8,6 +8,7 @@ decoding = tokens one after another, each reading weights and caches once at the
 from dataclasses import dataclass
 
 from umer1.data.schema import PackedBatch
+from umer1.plan.layout import stage_layers
 from umer1.plan.setup import Setup
 from umer1.training.flops import forward_flops
 
@@ -47,7 +48,8 @@ def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, 
         width = setup.model.num_attention_heads * setup.model.head_dim
         attention += setup.model.num_layers * 2.0 * width * float((lengths**2).sum())
     model = (3 + scoring_passes) * (decoder + logits) + (3 if config.model.train_vision else 1) * vision
-    extra = {"full": decoder, "selective": attention}.get(config.parallel.recompute_granularity, 0.0)
+    again = {"full": decoder * recomputed_share(setup), "selective": attention}
+    extra = again.get(config.parallel.recompute_granularity, 0.0)
     extra += logits  # made again in the backward
     if not scoring_passes and config.loss.cached_contrastive and len(batches) > 1:
         extra += decoder + (vision if config.model.train_vision else 0.0)
@@ -60,6 +62,26 @@ def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, 
         patches=sum(len(batch.pixel_values) for batch in batches) * layout.dp,
         bubble=(turns + layout.pp - 1) / turns,
     )
+
+
+def recomputed_share(setup: Setup) -> float:
+    """Of the decoder's layers under full recomputation: all, or the first ones of each stage."""
+    parallel, layers = setup.parallel, setup.model.num_layers
+    if parallel.recompute_method != "block":
+        return 1.0
+    chunks = [len(part) for stage in range(setup.layout.pp) for part in stage_layers(parallel, layers, stage)]
+    return sum(min(parallel.recompute_num_layers or 1, count) for count in chunks) / layers
+
+
+def host_seconds(setup: Setup, bandwidth: float) -> float:
+    """Of an update in host memory: gradients copied there, AdamW's four reads and three writes of fp32, weights back.
+
+    bandwidth: bytes/s that all of it is assumed to reach; the host's ranks update at the same time.
+    """
+    if not setup.config.optimizer.optimizer_cpu_offload:
+        return 0.0
+    updated = max(setup.states(stage).updated for stage in range(setup.layout.pp))
+    return updated * (4 + 7 * 4 + setup.itemsize) / bandwidth
 
 
 def train_seconds(setup: Setup, work: Work, utilisation: float) -> float | None:

@@ -21,6 +21,7 @@ from umer1.losses.contrastive import MAX_LOGIT_SCALE, ContrastiveGradients, Loss
 from umer1.losses.language_model import cross_entropy_sums
 from umer1.models.embedding import read_embedding
 from umer1.models.qwen2_vl.weights import unwrap
+from umer1.training.batches import emptied
 
 NUM_STATISTICS = 4  # of local_infonce
 COMPARING = "comparing embeddings with the other ranks"  # what SFTStep.apart is told
@@ -64,6 +65,7 @@ def run_model(batch: PackedBatch, model: torch.nn.Module, train_vision: bool) ->
             if batch.vision_features is None:
                 with torch.no_grad():
                     batch.vision_features = core.vision_forward(batch.pixel_values, batch.grid_thw)
+                batch.pixel_values = emptied(batch.pixel_values)  # nobody looks again, and a step's pixels are GBs
             vision["vision_features"] = batch.vision_features
     return model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, **vision)
 

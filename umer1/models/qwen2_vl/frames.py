@@ -44,10 +44,10 @@ class Frames:
     @classmethod
     def of(cls, grid_thw: torch.Tensor, vision: VisionConfig, rank: int, ranks: int) -> Self:
         """Of pictures [V, 3], divided by cost."""
-        grid_thw = grid_thw.cpu()
-        grids = grid_thw[:, 1:].repeat_interleave(grid_thw[:, 0], dim=0)
-        owners = divide([frame_cost(patches, vision) for patches in grids.prod(-1).tolist()], ranks)
-        return cls(grids, torch.tensor(owners, dtype=torch.int64), rank, ranks)
+        grids = [(height, width) for times, height, width in grid_thw.tolist() for _ in range(times)]
+        owners = divide([frame_cost(height * width, vision) for height, width in grids], ranks)
+        grids, owners = torch.tensor(grids, dtype=torch.int64).reshape(-1, 2), torch.tensor(owners, dtype=torch.int64)
+        return cls(grids, owners, rank, ranks)
 
     @property
     def sizes(self) -> torch.Tensor:
