@@ -6,6 +6,7 @@ log.
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -133,6 +134,57 @@ def full_disk(place: Place) -> Row:
     return Row("The disk is full at a save; more space, started again", 1, 1, end, place.take_longest())
 
 
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """The file system at `folder` refuses to be written, as one does that found an error.  Needs root."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def no_permission(folder: Path) -> Iterator[None]:
+    """Nothing can be made or removed in `folder`, by those who are not above permissions."""
+    mode = folder.stat().st_mode
+    folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        folder.chmod(mode)
+
+
+# Root without the right to pass over permissions.
+_MORTAL = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+def refused(place: Place, name: str, fault: Callable, words: str, what: str, under: tuple[str, ...] = ()) -> Row:
+    """The folder of checkpoints cannot be written from some step on, and can when the run is started again."""
+    iterations = 24
+    want, folder = place.undisturbed(iterations, 2), place.root / name
+    run = place.sft(folder, iterations, under=under)
+    steps = place.rng.randint(3, 8)
+    assert run.wait_until(lambda: run.output.count(STEP) >= steps, pause=0.01), run.output[-3000:]
+    with fault(folder / "run"):
+        place.until_ended(run)
+    assert run.process.returncode != 0, f"a run that cannot save says that it succeeded: {run.log}"
+    assert re.search(rf"^pretrain_sft: error: .*{words}", run.output, re.MULTILINE), run.output[-3000:]
+    assert "resumed at iteration" in place.sft(folder, iterations).finish()
+    return Row(what, 1, 1, assert_same_end(folder, want), place.take_longest())
+
+
+def read_only_disk(place: Place) -> Row:
+    what = "The disk turns read-only in mid-run; writable, started again"
+    return refused(place, "read-only", read_only, "Read-only file system", what)
+
+
+def permission_denied(place: Place) -> Row:
+    what = "The folder's permissions are taken away in mid-run; given back, started again"
+    return refused(place, "permission", no_permission, "Permission denied", what, under=_MORTAL)
+
+
 def slow_disk(place: Place) -> Row:
     iterations, kills = 24, 5
     want, folder = place.undisturbed(iterations, 1), place.root / "slow"
@@ -207,6 +259,8 @@ SCENARIOS = {
     "layouts": other_world_sizes,
     "stalled": stalled_rank,
     "full-disk": full_disk,
+    "read-only": read_only_disk,
+    "permission": permission_denied,
     "slow-disk": slow_disk,
     "grpo": grpo_killed,
     "engine": engine_killed,
