@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-WIDTH, HEIGHT = 460, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 26
+WIDTH, HEIGHT = 330, 190  # about the pixels of a chart where four stand in a row: text keeps its size
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 24
+_TICKS = 6  # at most
 _POINTS = 300  # buckets of a curve, each of which keeps its lowest and its highest value
 
 Curve = Sequence[tuple[int, float]]
@@ -18,14 +19,14 @@ def line_chart(title: str, curves: Sequence[tuple[int, str, Curve]]) -> str:
     xs, ys = _Axis(min(steps), max(steps), _LEFT, WIDTH - _RIGHT), _Axis(*_spread(values), HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *(f'<path class="grid" d="M{_LEFT} {ys(tick):.1f}H{WIDTH - _RIGHT}"/>' for tick in ys.ticks(4)),
+        *(f'<path class="grid" d="M{_LEFT} {ys(tick):.1f}H{WIDTH - _RIGHT}"/>' for tick in ys.ticks()),
         *(
             f'<text x="{_LEFT - 6}" y="{ys(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-            for tick in ys.ticks(4)
+            for tick in ys.ticks()
         ),
         *(
             f'<text x="{xs(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>'
-            for tick in xs.ticks(4, whole=True)
+            for tick in xs.ticks(whole=True)
         ),
     ]
     for colour, name, curve in curves:
@@ -67,11 +68,11 @@ class _Axis:
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return self.first + share * (self.last - self.first)
 
-    def ticks(self, count: int, *, whole: bool = False) -> list[float]:
-        """Round numbers within the axis, about `count` of them."""
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        """Round numbers within the axis: three to six of them, if not fewer are whole."""
         if self.high <= self.low:
             return [self.low]
-        rough = (self.high - self.low) / count
+        rough = (self.high - self.low) / _TICKS
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
         step = max(1.0, math.ceil(step)) if whole else step
@@ -81,7 +82,9 @@ class _Axis:
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest with a little room; a constant gets some around it."""
+    """Lowest and highest with a little room; a constant gets some around it, zero the axis to 1."""
     low, high = min(values), max(values)
-    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    if low == high == 0:
+        return 0.0, 1.0
+    room = 0.05 * (high - low) or 0.05 * abs(high)
     return low - room, high + room

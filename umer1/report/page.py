@@ -56,7 +56,7 @@ _STYLE = """
 *{box-sizing:border-box}body{margin:0;padding:1.2rem;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,sans-serif}main{max-width:1460px;margin:auto}h1{font-size:1.5rem;margin:.2rem 0}
 h2{font-size:1.15rem;margin:1.8rem 0 .6rem}h3{font-size:.95rem;font-weight:600;margin:0 0 .3rem}
-p,li,summary{overflow-wrap:anywhere}td,th{overflow-wrap:break-word;max-width:28rem}.soft{color:var(--soft)}
+p,li,summary{overflow-wrap:anywhere}td,th{overflow-wrap:break-word;max-width:28rem}.soft{color:var(--soft);font-weight:400}
 .warn{border-left:4px solid var(--c1);padding-left:.7rem}
 .grid-of{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem .8rem;min-width:0}
@@ -66,7 +66,8 @@ svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font:11px sys
 margin-right:.4em}
 .legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;padding:0;list-style:none;position:sticky;top:0;
 background:var(--page)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem}
+.side-by-side{display:flex;flex-wrap:wrap;gap:.8rem 3rem;align-items:flex-start}
+.wide{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.88rem}
 th,td{text-align:left;padding:.25rem .8rem .25rem 0;
 border-bottom:1px solid var(--line);vertical-align:top}td.n{font-variant-numeric:tabular-nums}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:.8rem;margin:.4rem 0}summary{cursor:pointer}
@@ -96,8 +97,8 @@ def page(runs: Sequence[Run], made_by: str) -> str:
 
 def _legend(runs: Sequence[Run]) -> str:
     items = "".join(
-        f'<li><span class="key c{i % _COLOURS}"></span>{escape(run.name)} '
-        f"<span class=soft>{escape(str(run.path))}</span></li>"
+        f'<li><span class="key c{i % _COLOURS}"></span>{escape(run.name)}'
+        + (f" <span class=soft>{escape(str(run.path))}</span></li>" if str(run.path) != run.name else "</li>")
         for i, run in enumerate(runs)
     )
     return f"<ul class=legend>{items}</ul>"
@@ -150,7 +151,7 @@ def _charts(runs: Sequence[Run]) -> list[str]:
             continue
         grid = f"<div class=grid-of>{''.join(cards)}</div>"
         if section in SECTIONS:
-            found.append(f"<h2>{escape(section)}</h2>{grid}")
+            found.append(f"<h2>{escape(section)} <span class=soft>by step</span></h2>{grid}")
         else:
             found.append(f"<h2>{escape(section)}</h2><details><summary>{len(cards)} charts</summary>{grid}</details>")
     return found
@@ -173,7 +174,7 @@ def _environment(run: Run) -> str:
         return ""
     versions = _table(["from step", "package", "version"], [[str(step), *rest] for step, *rest in run.versions])
     pairs = _table(["data set", "pairs"], [[name, f"{count:,}"] for name, count in run.pairs.items()])
-    both = f"<div class=grid-of><div>{versions}</div><div>{pairs}</div></div>"
+    both = f"<div class=side-by-side>{versions}{pairs}</div>"
     return f"<h2>Environment and data of {escape(run.name)}</h2>{both}"
 
 
