@@ -115,7 +115,7 @@ def _last_line(errors: str) -> str:
 
 def _is_supported(version: str, supported: str) -> bool:
     try:
-        # A local part ("+cpu", "+cu130") says how it was built, not what it is.
-        return any(Version(Version(version).public) in SpecifierSet(one) for one in supported.split(" or "))
+        # A local part ("+cpu", "+cu130") says how it was built, not what it is; NVIDIA's image has a 2.13.0a0.
+        return SpecifierSet(supported).contains(Version(version).public, prereleases=True)
     except InvalidVersion:
         return False

