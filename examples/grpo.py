@@ -26,6 +26,7 @@ from umer1.training.grpo import GRPOTrainer
 from umer1.training.launch import default_policy_violations, prepare_default_prompts, read_command_line
 from umer1.training.policy_config import GRPOConfig
 from umer1.training.signals import end_with_launcher
+from umer1.training.watch import Watch
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_grpo.yaml"
 
@@ -47,9 +48,13 @@ def main() -> None:
             DEFAULT_CONFIG,
             lambda config: default_policy_violations(config) + machine_violations(config),
         )
-        with init_distributed(config.parallel, seed=config.run.seed) as state:
-            prepare_default_prompts(config, state)
-            GRPOTrainer(config, directory, state).fit()
+        with (
+            init_distributed(config.parallel, seed=config.run.seed) as state,
+            Watch.of(config, state, GRPOTrainer.own_phases) as watch,
+        ):
+            with watch.phase("preparing the default data"):
+                prepare_default_prompts(config, state)
+            GRPOTrainer(config, directory, state, watch).fit()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from umer1.training.forward_step import SFTStep, embed_step
 from umer1.training.schedule import run_schedule
 from umer1.training.sft import SFTTrainer
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 PAIRS = 8  # a step: fewer than a training's, so that 200 steps of a 2B model end in minutes
 GLOBAL_BATCHES = 8  # taken in turn
@@ -63,7 +64,8 @@ class CompareTrainer(SFTTrainer):
             config.model, config.parallel, directory, state, weights_follow=True, fp8=config.fp8
         )
         fill_equally(models)
-        Trainer.__init__(self, config, directory, state, BatchesInTurn(self.fixed), models)
+        watch = Watch.of(config, state, self.own_phases)
+        Trainer.__init__(self, config, directory, state, watch, BatchesInTurn(self.fixed), models)
 
     def embeddings(self) -> torch.Tensor:
         """Of every side of the first global batch: fp32 [K * S, H] on the CPU."""

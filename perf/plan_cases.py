@@ -25,6 +25,7 @@ from umer1.training.config import SFTConfig
 from umer1.training.optimizer import OptimizerConfig
 from umer1.training.sft import SFTTrainer
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 
 def shape(hidden: int, layers: int, heads: int, groups: int, ffn: int, vocabulary: int, **more: Any) -> Qwen2VLConfig:
@@ -119,7 +120,8 @@ class CaseTrainer(SFTTrainer):
         config, directory = case.config(), directory_of(case.model)
         models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
         fill_randomly(models)
-        Trainer.__init__(self, config, directory, state, PackedAnew(case, pairs, state), models)
+        watch = Watch.of(config, state, self.own_phases)
+        Trainer.__init__(self, config, directory, state, watch, PackedAnew(case, pairs, state), models)
 
 
 def compare(case: Case, make: Callable = CaseTrainer) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from umer1.training.policy_config import GRPOConfig
 from umer1.training.reference import Reference
 from umer1.training.scoring import Scorer
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 
 @dataclass(kw_only=True)
@@ -68,7 +69,8 @@ class PolicyTrainer(StepTrainer):
         config, directory = case.config(), directory_of(case.model)
         models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
         fill_randomly(models)
-        Trainer.__init__(self, config, directory, state, FixedPrompts(prompts), models)
+        watch = Watch.of(config, state, self.own_phases)
+        Trainer.__init__(self, config, directory, state, watch, FixedPrompts(prompts), models)
         special = directory.special
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.scorer = Scorer(config, ids, directory.tokenizer, state)

@@ -32,6 +32,7 @@ from umer1.training.policy_config import GRPOConfig
 from umer1.training.reference import Reference
 from umer1.training.scoring import Scorer
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 # Pairs, responses of each prompt, responses a micro-batch, tokens of a response, and the prompts' sizes.
 SIZES = {
@@ -73,7 +74,8 @@ class StepTrainer(GRPOTrainer):
         models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
         fill_randomly(models)
         source = FixedPrompts(random_prompts(directory, pairs, seed=config.run.seed, **sizes))
-        Trainer.__init__(self, config, directory, state, source, models)
+        watch = Watch.of(config, state, self.own_phases)
+        Trainer.__init__(self, config, directory, state, watch, source, models)
         special = directory.special
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.scorer = Scorer(config, ids, directory.tokenizer, state)

@@ -28,6 +28,7 @@ from umer1.training.config import SFTConfig
 from umer1.training.optimizer import OptimizerConfig
 from umer1.training.sft import SFTTrainer
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 # Pairs a step and a micro-batch, and the sides' sizes: 256 picture tokens, 128 of text, 256 of reasoning.
 SIZES = {
@@ -70,7 +71,8 @@ class StepTrainer(SFTTrainer):
         )
         fill_randomly(models)
         source = FixedBatches(batches, state.device)
-        Trainer.__init__(self, config, directory, state, source, models)
+        watch = Watch.of(config, state, self.own_phases)
+        Trainer.__init__(self, config, directory, state, watch, source, models)
 
 
 def settings(model_name: str, precision: str) -> SFTConfig:

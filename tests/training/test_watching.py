@@ -1,22 +1,28 @@
 """Heartbeats, the hang time-out, profiles, offending samples, stragglers; and that none of it changes a curve."""
 
+import fcntl
 import json
 import math
 import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from grpo_runs import TESTS, Program
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
+from umer1.data.index_cache import KEPT_BYTES
 from umer1.distributed.parallel import ParallelConfig, init_distributed
+from umer1.models.fp8 import FP8Config
 from umer1.testing import run_distributed
+from umer1.training.config import SFTConfig
 from umer1.training.hang import HANG_STATUS, HangWatch, message
 from umer1.training.heartbeat import RECORD_BYTES, Heartbeat, read_beats
 from umer1.training.offending import LossWatch
+from umer1.training.sft import SFTTrainer
 from umer1.training.stragglers import straggler_report
 from umer1.training.watch_config import WatchConfig
 
@@ -70,6 +76,21 @@ def test_a_stopped_rank_ends_the_run_with_one_message_about_every_rank(setting, 
     run.assert_no_orphans()
 
 
+def test_a_start_that_hangs_ends_with_the_phase_it_hangs_in(setting, tmp_path):
+    """The data's index is being made by another process, which never ends; the file is large, so that it is kept."""
+    data = tmp_path / "data.jsonl"
+    with open(data, "wb") as file:
+        file.truncate(KEPT_BYTES)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        flags = ("--data-path", str(data), "--hang-timeout-minutes", "0.04")
+        run = start(setting, tmp_path, *flags)
+        run.wait_to_end(120)
+    assert run.process.returncode == HANG_STATUS, run.output
+    assert f"rank 0 (pid {run.process.pid} on" in run.output and "step 0, reading the data's index" in run.output
+    stacks = (tmp_path / "run" / "heartbeat" / "rank-0.stacks").read_text()
+    assert "index_cache.py" in stacks and "reading the data's index" in stacks
+
+
 def test_curves_are_the_same_bits_with_everything_on(setting, tmp_path):
     off = ("--hang-timeout-minutes", "0", "--loss-spike-deviations", "0")
     start(setting, tmp_path / "off", *off, processes=2).finish()
@@ -90,6 +111,9 @@ def test_curves_are_the_same_bits_with_everything_on(setting, tmp_path):
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["slowest_rank"] in (0, 1) and record["slowest_forward_and_backward_ratio"] >= 1
     assert "slowest rank: " in said
+    seconds = {name: value for name, value in record.items() if name.startswith("seconds_in_")}
+    assert {"seconds_in_data", "seconds_in_forward_and_backward", "seconds_in_optimizer"} <= seconds.keys()
+    assert all(value > 0 for value in seconds.values()) and not any("weights" in name for name in seconds), seconds
 
 
 def test_a_signal_profiles_the_next_step_and_a_step_that_is_not_finite_names_its_samples(setting, tmp_path):
@@ -184,6 +208,18 @@ def test_the_slowest_rank_is_found_in_each_phase():
             "slowest_generating_rank": 2,
             "slowest_generating_ratio": 3.0,
         }
+
+
+@pytest.mark.parametrize(("fp8", "name", "mfu"), [(None, "H100", 1.0), ("hybrid", "H100", None), (None, "CPU", None)])
+def test_mfu_is_of_the_bf16_peak_and_not_quoted_under_fp8(fp8, name, mfu, monkeypatch):
+    monkeypatch.setattr("umer1.device.device_name", lambda: name)
+    trainer, found = object.__new__(SFTTrainer), []
+    trainer.config, trainer.state = SFTConfig(fp8=FP8Config(fp8_format=fp8)), SimpleNamespace(world_size=2)
+    trainer.logger, trainer.stragglers = SimpleNamespace(log=found.append), dict
+    trainer.progress = lambda seconds, steps: {}
+    step = {"seconds": 2.0, "tokens": 10, "slots": 10, "patches": 0, "flops": 2 * 2 * 989e12, "learning_rate": 1.0}
+    trainer.log([step])
+    assert found[0]["mfu"] == mfu and found[0]["tflops_per_device"] == pytest.approx(989)
 
 
 def test_settings_that_cannot_be_are_named_together():

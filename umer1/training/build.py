@@ -1,6 +1,7 @@
 """From settings to DDP-wrapped model chunks with a Hugging Face directory's weights in them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,16 @@ def build_training_model(
     learnt_temperature: float | None = None,
     weights_follow: bool = False,
     fp8: FP8Config | None = None,
+    working: Callable[[], None] = lambda: None,
 ) -> list[torch.nn.Module]:
     """This rank's chunks (one a virtual stage), weights loaded, parts frozen, wrapped in megatron's DDP.
 
     learnt_temperature: where a contrastive temperature that is trained starts.  weights_follow: the directory holds
-    none, a checkpoint brings them.
+    none, a checkpoint brings them.  working: called with each tensor that was read.
     """
     chunks = build_model(directory.config, parallel, state, params_dtype=model.params_dtype, fp8=fp8)
     if not weights_follow:
-        load_hf(chunks, directory, state)
+        load_hf(chunks, directory, state, working)
     for chunk in chunks:
         chunk.set_trainable(model.train_vision)
     if learnt_temperature is not None and chunks[-1].post_process:

@@ -31,6 +31,7 @@ from umer1.training.schedule import run_schedule
 from umer1.training.scoring import ScoredRound, Scorer
 from umer1.training.signals import SignalWatch
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 
 class EnginesFailed(UserError):
@@ -43,22 +44,34 @@ class GRPOTrainer(Trainer):
     algorithm = "grpo"
     own_phases = ("data", "generating", "forward and backward")
 
-    def __init__(self, config: GRPOConfig, directory: HFDirectory, state: ParallelState):
+    def __init__(self, config: GRPOConfig, directory: HFDirectory, state: ParallelState, watch: Watch):
         # The engine first: its process starts while the model is built here.
-        self.phase: RolloutPhase = make_phase(config, directory, state)
+        with watch.phase("starting the rollout engine"):
+            self.phase: RolloutPhase = make_phase(config, directory, state)
         weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
-        source = PromptSource(config, directory, state)
-        models = build_training_model(
-            config.model, config.parallel, directory, state, weights_follow=weights_follow, fp8=config.fp8
-        )
-        super().__init__(config, directory, state, source, models)
+        with watch.phase("reading the data's index"):
+            source = PromptSource(config, directory, state)
+        with watch.phase("building the model and reading its weights"):
+            models = build_training_model(
+                config.model,
+                config.parallel,
+                directory,
+                state,
+                weights_follow=weights_follow,
+                fp8=config.fp8,
+                working=watch.beat,
+            )
+        super().__init__(config, directory, state, watch, source, models)
         special = directory.special
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.stop_ids = (special.im_end, special.gen_emb) if config.rollout.stop_at_gen_emb else (special.im_end,)
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
-        self.heldout = Heldout(config, directory, state) if config.heldout.eval_data_path else None
+        with watch.phase("reading the held-out data's index"):
+            self.heldout = Heldout(config, directory, state) if config.heldout.eval_data_path else None
         self.evaluation_is_due = True
-        self.reference = self.find_reference(resumed=self.resume())
+        resumed = self.resume()
+        with watch.phase("making or reading the reference model"):
+            self.reference = self.find_reference(resumed)
         self.open_logs()
         self.place_in_data = source.state_dict()  # before the step at hand
         self.engine_is_current = self.parity_is_due = False
@@ -71,7 +84,7 @@ class GRPOTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def loop(self) -> None:
+    def fit(self) -> None:
         """Train, evaluate and save at their intervals and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of data, which can describe it
             self.say(self.describe())

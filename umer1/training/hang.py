@@ -5,6 +5,7 @@ the Python stacks of all its threads to rank-N.stacks beside the heartbeats, the
 message, and all leave with status 75 (sysexits.h: a temporary failure, try again).
 """
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -26,7 +27,7 @@ def look_interval(timeout: float | None) -> float:
 
 
 class HangWatch:
-    """A context manager around the loop.  `timeout`: seconds without progress; None switches it off.
+    """A context manager around the run.  `timeout`: seconds without progress; None switches it off.
 
     leave: ends the process with a status, whatever its threads do.
     """
@@ -56,8 +57,9 @@ class HangWatch:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
-            if not self.path.stat().st_size:
-                self.path.unlink()
+            with contextlib.suppress(OSError):  # where the disk has turned read-only the empty file stays
+                if not self.path.stat().st_size:
+                    self.path.unlink()
 
     def _look(self) -> None:
         """Time in which this process did not run at all, stopped or suspended as a whole, is not counted."""

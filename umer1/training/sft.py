@@ -21,6 +21,7 @@ from umer1.training.grad_cache import forward_backward
 from umer1.training.optimizer import step_if_finite
 from umer1.training.signals import SignalWatch
 from umer1.training.trainer import Trainer
+from umer1.training.watch import Watch
 
 
 class SFTTrainer(Trainer):
@@ -29,26 +30,29 @@ class SFTTrainer(Trainer):
     algorithm = "sft"
     own_phases = ("data", "forward and backward")
 
-    def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
+    def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState, watch: Watch):
         weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
         learnt = config.loss.contrastive_temperature if config.loss.learnable_temperature else None
-        source = BatchSource(config, directory, state)
-        models = build_training_model(
-            config.model,
-            config.parallel,
-            directory,
-            state,
-            learnt_temperature=learnt,
-            weights_follow=weights_follow,
-            fp8=config.fp8,
-        )
-        super().__init__(config, directory, state, source, models)
+        with watch.phase("reading the data's index"):
+            source = BatchSource(config, directory, state)
+        with watch.phase("building the model and reading its weights"):
+            models = build_training_model(
+                config.model,
+                config.parallel,
+                directory,
+                state,
+                learnt_temperature=learnt,
+                weights_follow=weights_follow,
+                fp8=config.fp8,
+                working=watch.beat,
+            )
+        super().__init__(config, directory, state, watch, source, models)
         self.resume()
         self.open_logs()
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def loop(self) -> None:
+    def fit(self) -> None:
         """Train, save every `save_interval` steps and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of batches, which can describe them
             self.say(self.describe())
@@ -164,9 +168,10 @@ class SFTTrainer(Trainer):
         sums = ("seconds", "tokens", "slots", "patches", "flops")
         record = {key: sum(entry[key] for entry in interval) / len(interval) for key in interval[-1] if key not in sums}
         total = {key: sum(entry[key] for entry in interval) for key in sums}
-        seconds = total["seconds"]
+        config, seconds = self.config, total["seconds"]
         rate = total["flops"] / seconds / self.state.world_size
-        peak = peak_flops(device.device_name())
+        # FP8's products have another peak, and not all are in FP8: there is no one number to divide by.
+        peak = peak_flops(device.device_name()) if config.fp8.fp8_format is None else None
         record |= self.progress(seconds, len(interval))
         record |= {
             "learning_rate": interval[-1]["learning_rate"],

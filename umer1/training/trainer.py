@@ -45,36 +45,29 @@ class Trainer:
         config: Any,
         directory: HFDirectory,
         state: ParallelState,
+        watch: Watch,
         source: DataSource,
         models: list[torch.nn.Module],
     ):
         self.config, self.directory, self.state, self.source, self.models = config, directory, state, source, models
-        self.optimizer, self.scheduler = build_optimizer(
-            config.optimizer, models, use_distributed_optimizer=config.parallel.use_distributed_optimizer
-        )
+        self.watch = watch
+        with watch.phase("building the optimizer"):
+            self.optimizer, self.scheduler = build_optimizer(
+                config.optimizer, models, use_distributed_optimizer=config.parallel.use_distributed_optimizer
+            )
         self.checkpointer = Checkpointer(config.checkpoint, state, assets=directory, algorithm=self.algorithm)
         self.iteration, self.skipped, self.skipped_in_a_row, self.nan = 0, 0, 0, 0
         self.logger: MetricsLogger | None = None
-        hang_seconds = config.watch.hang_seconds(config.parallel.distributed_timeout_minutes)
-        self.watch = Watch(config.watch, hang_seconds, config.checkpoint.save, state, self.own_phases)
-        self.watch.attach(models)
-        source.waiting = self.watch.waits
+        watch.attach(models)
+        source.waiting = watch.waits
         self.losses = LossWatch(config.watch.loss_spike_deviations)
-
-    def fit(self) -> None:
-        """Train to `train_iters`, save, export; leave early on SIGTERM or SIGUSR1.  Watched (docs/watching.md)."""
-        with self.watch:
-            self.loop()
-
-    def loop(self) -> None:
-        """A stage's own: steps until the run is finished or told to leave."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ state and record
 
     def resume(self) -> bool:
         """Go on from the newest valid checkpoint, if there is one: model, optimizer, schedule, data, counts, RNG."""
-        found = self.checkpointer.load(self.models, self.optimizer, self.scheduler)
+        with self.watch.phase("looking for a checkpoint and reading it"):
+            found = self.checkpointer.load(self.models, self.optimizer, self.scheduler)
         if found is None:
             return False
         self.iteration = found["iteration"]
@@ -202,6 +195,7 @@ class Trainer:
             "seconds_decoding": work["seconds_decoding"] / steps,
             "waiting_share": work["seconds_waiting"] / seconds,
             "eta_seconds": (config.optimizer.train_iters - self.iteration) * seconds / steps,
+            **self.watch.take_seconds(steps),
         }
 
     def say(self, text: str) -> None:

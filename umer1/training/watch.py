@@ -1,4 +1,4 @@
-"""What looks on while a run trains: heartbeats, the hang time-out, timers of each rank's own work, profiles.
+"""What looks on while a run starts and trains: heartbeats, the hang time-out, timers of each rank's own work, profiles.
 
 Nothing here touches a tensor of the model or a generator: curves are the same bits with all of it on.
 """
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_model_config
 
 from umer1 import device
+from umer1.checkpoints.layout import is_writable
 from umer1.distributed.parallel import ParallelState
 from umer1.training.batches import raise_together
 from umer1.training.hang import HangWatch, look_interval
@@ -62,7 +63,7 @@ def _mark() -> Any:
 
 
 class Watch:
-    """A context manager around a loop on every rank, its start collective; without it phases are only timed.
+    """A context manager around a run on every rank, from its start on; collective.  Without it phases are only timed.
 
     own: the phases whose own work is compared between ranks (`take_own`): what a rank does before it waits for others.
     """
@@ -76,6 +77,14 @@ class Watch:
         self.profiler: StepProfiler | None = None
         self._stack = ExitStack()
         self._phases: list[str] = []
+        self._spent: dict[str, float] = {}  # seconds by phase since they were taken, from the first step on
+        self._in_loop = False
+
+    @classmethod
+    def of(cls, config: Any, state: ParallelState, own: tuple) -> "Watch":
+        """That of a run with this SFTConfig or GRPOConfig."""
+        hang_seconds = config.watch.hang_seconds(config.parallel.distributed_timeout_minutes)
+        return cls(config.watch, hang_seconds, config.checkpoint.save, state, own)
 
     def __enter__(self) -> "Watch":
         folder = self._agree_on_folder()
@@ -98,11 +107,12 @@ class Watch:
         message = [str(self.save or Path(tempfile.gettempdir()) / f"umer1-{uuid.uuid4().hex[:12]}")]
         dist.broadcast_object_list(message, src=0)
         folder, problem = Path(message[0]), None
-        try:
-            if self.state.rank == 0:
+        if self.state.rank == 0:
+            problem = is_writable(folder)
+            try:
                 clear(folder / "heartbeat")
-        except OSError as error:
-            problem = f"nothing can be written to {folder}/heartbeat: {error.strerror}"
+            except OSError as error:
+                problem = problem or f"nothing can be written to {folder}/heartbeat: {error.strerror}"
         raise_together(problem)
         (folder / "heartbeat").mkdir(parents=True, exist_ok=True)  # hosts that share no file system
         return folder
@@ -110,6 +120,7 @@ class Watch:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Training step `number`, as the log numbers them."""
+        self._in_loop = True
         if self.heart is None:
             yield
             return
@@ -124,7 +135,7 @@ class Watch:
 
         own: False where this rank has no work in it, and only waits.
         """
-        timer = self.own.get(name) if own else None
+        timer, started = self.own.get(name) if own else None, time.perf_counter()
         self._phases.append(name)
         self._enter(name)
         if timer:
@@ -141,7 +152,9 @@ class Watch:
                 if timer:
                     timer.stop()
                 self._phases.pop()
-                self._enter(self._phases[-1] if self._phases else "between steps")
+                if self._in_loop and not self._phases:
+                    self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - started
+                self._enter(self._phases[-1] if self._phases else "between phases")
 
     def waits(self, name: str) -> None:
         """The phase's own work is over; until its end this rank waits for others, which is called `name`."""
@@ -167,6 +180,12 @@ class Watch:
     def take_own(self) -> dict[str, float]:
         """Seconds of own work by phase since the last call."""
         return {name: timer.take() for name, timer in self.own.items()}
+
+    def take_seconds(self, steps: int) -> dict[str, float]:
+        """seconds_in_PHASE, each step's share of what this rank spent there since the last call, its waits included."""
+        found = {f"seconds_in_{name.replace(' ', '_')}": spent / steps for name, spent in self._spent.items()}
+        self._spent = {}
+        return found
 
     def attach(self, models: list[torch.nn.Module]) -> None:
         """Forward passes are progress; the reduction of gradients, where ranks wait, is no work of a rank's own."""

@@ -5,7 +5,7 @@ Export: collective, one row of the weight table at a time; rank 0 gets each tens
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,16 @@ def stored_dtype(directory: HFDirectory) -> torch.dtype:
     return torch.bfloat16 if kinds == {"BF16"} else torch.float32
 
 
-def load_hf(models: list[torch.nn.Module], directory: HFDirectory, parallel: ParallelState) -> None:
+def load_hf(
+    models: list[torch.nn.Module],
+    directory: HFDirectory,
+    parallel: ParallelState,
+    working: Callable[[], None] = lambda: None,
+) -> None:
     """Fill this rank's chunks; values are cast to each parameter's dtype.  Raises one UserError with all that is wrong.
 
-    Rows of added embedding tokens start from the rows that METHOD section 1 names; padding rows are zero.
+    Rows of added embedding tokens start from the rows that METHOD section 1 names; padding rows are zero.  working:
+    called after each parameter.
     """
     _check_tensors(directory)
     by_name = named_weights(models)
@@ -52,6 +58,7 @@ def load_hf(models: list[torch.nn.Module], directory: HFDirectory, parallel: Par
                 if value.shape != parameter.shape:
                     raise AssertionError(f"{row.name}: {tuple(value.shape)} read for {tuple(parameter.shape)}")
                 fill(parameter, value)
+                working()
     if by_name:
         raise AssertionError(f"parameters without a row in the weight table: {sorted(by_name)}")
 
