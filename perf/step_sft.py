@@ -49,8 +49,8 @@ class FixedBatches:
     def __init__(self, batches: list[PackedBatch], device: torch.device):
         self.batches, self.device = batches, device
 
-    def next(self) -> tuple[list[PackedBatch], bool]:
-        return [replace(batch, vision_features=None).to(self.device) for batch in self.batches], len(self.batches) > 1
+    def next(self) -> list[PackedBatch]:
+        return [replace(batch, vision_features=None).to(self.device) for batch in self.batches]
 
     def take_drawn(self) -> list:
         """No samples of a file to name."""

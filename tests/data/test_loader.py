@@ -11,6 +11,7 @@ from data_tools import make_processor, record, record_side, write_picture, write
 from umer1.data.bad_samples import BadRecord, BadSampleCounts, BadSampleLog
 from umer1.data.dataset import PairDataset
 from umer1.data.loader import DataConfig, Loader, StepMaker
+from umer1.data.packing import sequences_of
 from umer1.data.sampler import BlockSampler
 from umer1.errors import UserError
 
@@ -32,15 +33,31 @@ def data(tmp_path):
     return write_records(tmp_path / "pairs.jsonl", records, lines=True)
 
 
-def make_loader(path, *, rank=0, size=1, log=None, workers=0, micro=4, **changes) -> Loader:
-    config = DataConfig(global_batch_size=8, micro_batch_size=micro, num_workers=workers, **changes)
+def make_loader(path, *, rank=0, size=1, log=None, workers=0, **changes) -> Loader:
+    config = DataConfig(global_batch_size=8, num_workers=workers, **changes)
     dataset = PairDataset(path, None, make_processor())
     sampler = BlockSampler(dataset.name_ids, dataset.names, 8, 4, seed=1)
-    return Loader(StepMaker(dataset, sampler, config, dp_rank=rank, dp_size=size, pad_to_multiple=2), log)
+    return Loader(StepMaker(dataset, sampler, config, dp_rank=rank, dp_size=size), log)
 
 
-def tokens(step) -> list[int]:
-    return torch.cat([batch.input_ids[: batch.num_real_tokens] for batch in step.batches]).tolist()
+def content(*steps) -> list:
+    """Every value of the pairs of the ranks' steps, in the order of the global batch."""
+    found = []
+    for step in steps:
+        assert [pair.slot for pair in step.pairs] == step.slots.tolist()
+        assert [pair.index for pair in step.pairs] == step.indices.tolist()
+        for pair in step.pairs:
+            values = [pair.slot, pair.index, pair.dataset]
+            for side in sequences_of(pair):
+                for name in side.__slots__:
+                    value = getattr(side, name)
+                    if torch.is_tensor(value):
+                        value = (str(value.dtype), tuple(value.shape), value.numpy().tobytes())
+                    values.append((name, value))
+            found.append(values)
+    found.sort(key=lambda values: values[0])
+    assert [values[0] for values in found] == list(range(8))
+    return found
 
 
 def count(loaders: list[Loader]) -> None:
@@ -51,19 +68,15 @@ def count(loaders: list[Loader]) -> None:
 
 def test_ranks_and_workers_do_not_matter(data, tmp_path):
     alone = make_loader(data)
-    pair = [make_loader(data, rank=rank, size=2, micro=3) for rank in range(2)]
+    pair = [make_loader(data, rank=rank, size=2) for rank in range(2)]
     worked = make_loader(data, workers=2)
     try:
         for _ in range(9):
             one = alone.next()
             many = [loader.next() for loader in pair]
             ahead = worked.next()
-            assert tokens(one) == tokens(many[0]) + tokens(many[1]) == tokens(ahead)
-            np.testing.assert_array_equal(one.indices, np.concatenate([step.indices for step in many]))
-            for got, want in zip(ahead.batches, one.batches, strict=True):
-                for name in got.__slots__:
-                    left, right = getattr(got, name), getattr(want, name)
-                    assert torch.equal(left, right) if torch.is_tensor(left) else left == right, name
+            assert content(one) == content(*many) == content(ahead)
+            np.testing.assert_array_equal(one.indices, np.stack([step.indices for step in many], 1).flatten())
             count([alone])
             count(pair)
             count([worked])
@@ -81,7 +94,7 @@ def test_bad_samples_are_replaced_counted_and_listed_once(data, tmp_path):
     for _ in range(24):  # four epochs
         steps = [loader.next() for loader in loaders]
         used += [index for step in steps for index in step.indices.tolist()]
-        assert sum(batch.num_pairs for step in steps for batch in step.batches) == 8
+        assert sum(len(step.pairs) for step in steps) == 8
         count(loaders)
     assert not set(used) & set(BAD) and set(used) == set(range(48)) - set(BAD)
     listed = [json.loads(line) for line in log.read_text().splitlines()]
@@ -100,7 +113,7 @@ def test_a_resume_goes_on_with_the_same_steps_and_counts(data, tmp_path, workers
     whole = make_loader(data, log=tmp_path / "whole.jsonl")
     first = make_loader(data, log=log, workers=workers)
     for _ in range(4):
-        assert tokens(whole.next()) == tokens(first.next())
+        assert content(whole.next()) == content(first.next())
     count([first])
     state = json.loads(json.dumps(first.state_dict()))
     first.close()
@@ -108,7 +121,7 @@ def test_a_resume_goes_on_with_the_same_steps_and_counts(data, tmp_path, workers
     for loader in later:
         loader.load_state_dict(state)
     for _ in range(8):
-        assert tokens(whole.next()) == [token for loader in later for token in tokens(loader.next())]
+        assert content(whole.next()) == content(*(loader.next() for loader in later))
         count(later)
     count([whole])
     assert whole.counts.state_dict() == later[0].counts.state_dict() == later[1].counts.state_dict()
@@ -124,7 +137,7 @@ def test_a_data_set_without_usable_pairs_stops_every_rank(tmp_path):
     path = write_records(tmp_path / "a.json", records)
     loaders = [make_loader(path, rank=rank, size=2, max_bad_sample_fraction=1.0) for rank in range(2)]
     steps = [loader.next() for loader in loaders]
-    assert all(step.batches == [] and step.failure for step in steps)
+    assert all(step.pairs == [] and step.failure for step in steps)
     count(loaders)
     for loader in loaders:
         with pytest.raises(UserError, match="no usable pair.*missing_file.*--data-root"):
@@ -159,13 +172,6 @@ def test_the_log_survives_a_line_cut_off_by_a_kill(tmp_path):
     BadSampleLog(path).append(records)
     lines = path.read_text().splitlines()
     assert len(lines) == 4 and [json.loads(lines[i])["index"] for i in (0, 2, 3)] == [4, 5, 6]
-
-
-def test_budgets_reach_the_plan(data):
-    loader = make_loader(data, micro=8)
-    assert [batch.num_pairs for batch in loader.next().batches] == [8]
-    small = make_loader(data, micro=8, max_tokens_per_micro_batch=1)
-    assert [batch.num_pairs for batch in small.next().batches] == [1] * 8
 
 
 def test_violations_come_all_at_once(tmp_path):

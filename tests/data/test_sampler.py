@@ -59,6 +59,9 @@ def test_ranks_share_out_the_same_global_batch(dp):
     shares = [sampler.share(5, rank, dp) for rank in range(dp)]
     np.testing.assert_array_equal(np.concatenate([slots for slots, _ in shares]), np.arange(64))
     np.testing.assert_array_equal(np.concatenate([pairs for _, pairs in shares]), sampler.batch(5))
+    shares = [sampler.share(5, rank, dp, spread=True) for rank in range(dp)]
+    np.testing.assert_array_equal(np.stack([slots for slots, _ in shares], 1).flatten(), np.arange(64))
+    np.testing.assert_array_equal(np.stack([pairs for _, pairs in shares], 1).flatten(), sampler.batch(5))
 
 
 def test_shuffling_is_even():

@@ -1,4 +1,4 @@
-"""For each step this data-parallel rank's packed micro-batches or prompts, made here or in worker processes.
+"""For each step the pairs or prompts that this data-parallel rank reads, made here or in worker processes.
 
 Whatever the number of ranks and workers, a slot of the global batch holds the same pair: the sampler names it, and a
 bad pair's replacement depends on (seed, step, slot) alone.
@@ -7,7 +7,6 @@ bad pair's replacement depends on (seed, step, slot) alone.
 import itertools
 import signal
 import time
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from umer1.data.blend import Blend
 from umer1.data.data_path import data_files
 from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.media import MAX_SOURCE_PIXELS
-from umer1.data.packing import cut_after_disc, pack, pair_cost, plan_micro_batches
+from umer1.data.packing import cut_after_disc
 from umer1.data.processor import MAX_FRAMES
 from umer1.data.sampler import BlockSampler
-from umer1.data.schema import EncodedPair, PackedBatch, PromptPair
+from umer1.data.schema import EncodedPair, PromptPair
 from umer1.data.vision import DecodeWork
 from umer1.processes import end_with_parent
 
@@ -51,6 +50,9 @@ class DataConfig:
     """Most tokens of a micro-batch, both sides of its pairs together; default: only micro_batch_size counts."""
     max_patches_per_micro_batch: int | None = None
     """Most image patches of a micro-batch; default: only micro_batch_size counts."""
+    balance_batch: bool = True
+    """Share a step's work out by modelled FLOPs: over data-parallel ranks, and over SFT's micro-batches of a rank.
+    What is trained on stays the same.  Not without cached_contrastive, which compares what stands in a micro-batch."""
     data_block_size: int = 64
     """Consecutive pairs of a batch that come from one data set."""
     num_workers: int = 0
@@ -115,24 +117,26 @@ class DataConfig:
 
 @dataclass(slots=True)
 class StepData:
-    """One rank's share of one step: micro-batches, or for RL the prompts themselves."""
+    """What one rank reads of one step."""
 
     step: int
     slots: np.ndarray  # int64 [pairs of this rank]: places in the global batch
     indices: np.ndarray  # int64 [pairs of this rank]: what was used, replacements included; equal on TP and PP peers
-    batches: list[PackedBatch] = field(default_factory=list)
-    pairs: list[PromptPair] = field(default_factory=list)  # in the order of `slots`
+    pairs: list[EncodedPair] | list[PromptPair] = field(default_factory=list)  # in the order of `slots`
     seen: int = 0  # samples tried
     work: DecodeWork = field(default_factory=DecodeWork)  # decoding that the share took, bad samples included
     bad: list[BadRecord] = field(default_factory=list)
-    failure: str | None = None  # why the share could not be filled; `batches` and `pairs` are then empty
+    failure: str | None = None  # why the share could not be filled; `pairs` are then empty
 
 
-class SlotFiller(ABC):
+class SlotFiller:
     """`filler[step]` is the StepData of one rank: a map-style dataset, so that workers can make steps ahead.
 
-    Says which pair stands in which slot; a subclass makes of them what its trainer takes (`_assemble`).
+    Says which pair stands in which slot.  spread: the rank reads every dp_size-th slot, so that each rank has about the
+    same of every data set (a batch is made of blocks of one data set each); otherwise consecutive slots.
     """
+
+    spread = False
 
     def __init__(
         self,
@@ -147,7 +151,7 @@ class SlotFiller(ABC):
         self.dp_rank, self.dp_size = dp_rank, dp_size
 
     def __getitem__(self, step: int) -> StepData:
-        slots, indices = self.sampler.share(step, self.dp_rank, self.dp_size)
+        slots, indices = self.sampler.share(step, self.dp_rank, self.dp_size, spread=self.spread)
         data = StepData(step, slots, np.zeros(len(slots), dtype=np.int64))
         self.dataset.processor.vision.work = data.work
         pairs = []
@@ -155,14 +159,14 @@ class SlotFiller(ABC):
             pair = self._usable(data, slot, index)
             if pair is None:
                 return data
-            data.indices[place] = pair.index
-            pairs.append(pair)
-        self._assemble(data, pairs)
+            data.indices[place], pair.slot = pair.index, slot
+            pairs.append(self._finished(pair))
+        data.pairs = pairs
         return data
 
-    @abstractmethod
-    def _assemble(self, data: StepData, pairs: list[Any]) -> None:
-        """Put the usable pairs of the share, in the order of its slots, into `data`."""
+    def _finished(self, pair: Any) -> Any:
+        """A usable pair as the trainer takes it."""
+        return pair
 
     def _usable(self, data: StepData, slot: int, index: int) -> Any | None:
         """The pair of a slot, or the first replacement that can be used; None, with the reason, when there is none."""
@@ -184,11 +188,12 @@ class SlotFiller(ABC):
 
 
 class StepMaker(SlotFiller):
-    """SFT: packed micro-batches.
+    """SFT: the pairs of a PairDataset.  Which of them go together depends on what the other ranks have read.
 
-    pad_to_multiple: of each micro-batch's token count.  micro_batches_multiple_of: their number, for the interleaved
-    schedule.  disc_only: leave out what follows `<disc_emb>` (L_disc alone).
+    disc_only: leave out what follows `<disc_emb>` (L_disc alone).
     """
+
+    spread = True
 
     def __init__(
         self,
@@ -196,39 +201,19 @@ class StepMaker(SlotFiller):
         sampler: BlockSampler,
         config: DataConfig,
         *,
-        pad_to_multiple: int = 1,
-        micro_batches_multiple_of: int = 1,
         disc_only: bool = False,
         **layout: int,
     ):
         super().__init__(dataset, sampler, config, **layout)
         self.disc_only = disc_only
-        self.pad_to_multiple = pad_to_multiple
-        self.micro_batches_multiple_of = micro_batches_multiple_of
 
-    def _assemble(self, data: StepData, pairs: list[EncodedPair]) -> None:
-        if self.disc_only:
-            special = self.dataset.processor.special
-            pairs = [cut_after_disc(pair, (special.image_pad, special.video_pad)) for pair in pairs]
-        costs = [pair_cost(pair) for pair in pairs]
-        plan = plan_micro_batches(
-            [tokens for tokens, _ in costs],
-            [patches for _, patches in costs],
-            self.config.micro_batch_size,
-            self.config.max_tokens_per_micro_batch,
-            self.config.max_patches_per_micro_batch,
-            multiple_of=self.micro_batches_multiple_of,
-        )
-        data.batches = [pack([pairs[place] for place in places], self.pad_to_multiple) for places in plan]
+    def _finished(self, pair: EncodedPair) -> EncodedPair:
+        special = self.dataset.processor.special
+        return cut_after_disc(pair, (special.image_pad, special.video_pad)) if self.disc_only else pair
 
 
 class PromptStepMaker(SlotFiller):
-    """RL: the pairs of a PromptDataset, each with its slot.  What is packed depends on the responses to come."""
-
-    def _assemble(self, data: StepData, pairs: list[PromptPair]) -> None:
-        for slot, pair in zip(data.slots.tolist(), pairs, strict=True):
-            pair.slot = slot
-        data.pairs = pairs
+    """RL: the pairs of a PromptDataset.  What is packed depends on the responses to come."""
 
 
 class Loader:
@@ -250,7 +235,7 @@ class Loader:
         if self._steps is None:
             self._steps = self._start()
         started = time.perf_counter()
-        data = shipping.unpacked(next(self._steps))
+        data = shipping.arrived(next(self._steps))
         self.work, self.waited = data.work, time.perf_counter() - started
         assert data.step == self.sampler.step
         self.sampler.step += 1
@@ -265,7 +250,7 @@ class Loader:
             return map(self.maker.__getitem__, steps)
         return iter(
             DataLoader(
-                shipping.Packing(self.maker),
+                shipping.Sending(self.maker),
                 batch_size=None,
                 sampler=_Counting(self.sampler.step),
                 num_workers=self.config.num_workers,

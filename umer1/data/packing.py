@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from umer1.data.balancing import spread
 from umer1.data.processor import IGNORE
 from umer1.data.schema import EncodedPair, PackedBatch, Sequence
 
@@ -34,8 +35,12 @@ def plan_micro_batches(
     max_patches: int | None = None,
     *,
     multiple_of: int = 1,
+    costs: list[float] | None = None,
 ) -> list[list[int]]:
     """Places of the pairs in each micro-batch: consecutive ones, as many as the limits allow.
+
+    costs: of each pair; then no longer consecutive ones, but such that all micro-batches cost about the same, and there
+    are as few of them as can be found, never more than consecutive ones give.
 
     lengths, patches: per pair, all sides together.  A pair that exceeds a budget alone is a micro-batch of its own.
     multiple_of: split the heaviest micro-batches until their number is a multiple (megatron's interleaved schedule);
@@ -63,7 +68,26 @@ def plan_micro_batches(
         )
         places = plan[heaviest]
         plan[heaviest : heaviest + 1] = [places[: len(places) // 2], places[len(places) // 2 :]]
-    return plan
+    if costs is None or len(plan) == 1:
+        return plan
+
+    def fits(places: list[int], place: int) -> bool:
+        return (
+            len(places) < micro_batch_size
+            and (max_tokens is None or sum(lengths[p] for p in places) + lengths[place] <= max_tokens)
+            and (max_patches is None or sum(patches[p] for p in places) + patches[place] <= max_patches)
+        )
+
+    fewest = -(-len(lengths) // micro_batch_size)
+    for count in range(-(-fewest // multiple_of) * multiple_of, len(plan), multiple_of):
+        if (found := spread(costs, count, fits)) is not None:
+            return found
+    found = spread(costs, len(plan), fits)
+    return plan if found is None or _largest(found, costs) > _largest(plan, costs) else found
+
+
+def _largest(plan: list[list[int]], costs: list[float]) -> float:
+    return max(sum(costs[place] for place in places) for places in plan)
 
 
 def pack(pairs: list[EncodedPair], pad_to_multiple: int = 1) -> PackedBatch:

@@ -70,10 +70,10 @@ class BlockSampler:
             self._epoch = (epoch, self._batches(epoch))
         return self._epoch[1][place]
 
-    def share(self, step: int, dp_rank: int, dp_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(slots, pairs) of one data-parallel rank: a contiguous part of the global batch."""
-        per_rank = self.global_batch_size // dp_size
-        slots = np.arange(dp_rank * per_rank, (dp_rank + 1) * per_rank)
+    def share(self, step: int, dp_rank: int, dp_size: int, *, spread: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(slots, pairs) of one data-parallel rank: consecutive slots of the global batch, or every dp_size-th."""
+        slots = np.arange(self.global_batch_size).reshape(*((-1, dp_size) if spread else (dp_size, -1)))
+        slots = slots[:, dp_rank] if spread else slots[dp_rank]
         return slots, self.batch(step)[slots]
 
     def replacement(self, step: int, slot: int, attempt: int, index: int) -> int:

@@ -57,6 +57,7 @@ class EncodedPair:
     negatives: tuple[Sequence, ...] = ()
     dataset: str = ""
     index: int = -1
+    slot: int = -1  # place in the global batch, the same at any number of ranks
 
 
 @dataclass(slots=True)

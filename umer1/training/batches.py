@@ -18,15 +18,18 @@ from umer1.data.data_path import data_files
 from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.images import ImageConfig
 from umer1.data.loader import DataConfig, Loader, StepData, StepMaker
+from umer1.data.packing import pack, pair_cost, plan_micro_batches
 from umer1.data.processor import Processor
 from umer1.data.sampler import BlockSampler
-from umer1.data.schema import PackedBatch
+from umer1.data.schema import EncodedPair, PackedBatch
 from umer1.data.weighted_sampler import WeightedBlockSampler
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.frames import Frames
 from umer1.training.config import SFTConfig
+from umer1.training.exchange import costs_of_all_ranks, exchange, shared_out
+from umer1.training.flops import pair_flops
 
 _TICKS = 1_000_000  # of a second, in reductions of whole numbers
 R = TypeVar("R", bound=RecordFile)
@@ -87,15 +90,12 @@ def make_loader(config: SFTConfig, directory: HFDirectory, state: ParallelState)
     data = config.data
     processor = make_processor(data, directory, data.seq_length)
     dataset = open_data(PairDataset, data, processor)
-    interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
     maker = StepMaker(
         dataset,
         make_sampler(data, dataset, config.run.seed),
         data,
         dp_rank=state.dp_rank,
         dp_size=state.dp_size,
-        pad_to_multiple=config.fp8.token_multiple(state.tp_size if config.parallel.sequence_parallel else 1),
-        micro_batches_multiple_of=state.pp_size if interleaved else 1,
         disc_only=config.loss.weights()[1:] == (0.0, 0.0),
     )
     return Loader(maker, bad_samples_path(config.checkpoint.save))
@@ -153,14 +153,14 @@ class DataSource:
         """On sources: samples seen and bad ones, over all data-parallel ranks and resumes."""
         return self.loader.counts
 
-    def agree(self, flag: bool, own_failure: str | None) -> tuple[bool, str | None]:
-        """Sum the counts over data-parallel sources; whether any has the flag, and why the run has to stop, if so."""
+    def agree(self, own_failure: str | None) -> str | None:
+        """Sum the counts over data-parallel sources; why the run has to stop, if so."""
         group, device = self.state.groups.dp, self.state.device
-        counted, work, flags = self.counts.take_delta(), self._work(), torch.tensor([flag, own_failure is not None])
-        delta = torch.cat([counted, work, flags]).to(device)
+        counted, work, failed = self.counts.take_delta(), self._work(), torch.tensor([own_failure is not None])
+        delta = torch.cat([counted, work, failed]).to(device)
         dist.all_reduce(delta, group=group)
         self.counts.add(delta[: len(counted)])
-        self.work = [mine + new for mine, new in zip(self.work, delta[len(counted) : -2].tolist(), strict=True)]
+        self.work = [mine + new for mine, new in zip(self.work, delta[len(counted) : -1].tolist(), strict=True)]
         failure = None
         if delta[-1]:
             texts: list[str | None] = [None] * self.state.dp_size
@@ -172,7 +172,7 @@ class DataSource:
                 self.counts.check(self.data.max_bad_sample_fraction, self.listed_in)
             except UserError as error:
                 failure = str(error)
-        return bool(delta[-2]), failure
+        return failure
 
     def _work(self) -> torch.Tensor:
         """int64 [4] of the loader's last step: images, frames, microseconds of decoding and of waiting for it."""
@@ -223,26 +223,59 @@ class BatchSource(DataSource):
 
     def __init__(self, config: SFTConfig, directory: HFDirectory, state: ParallelState):
         super().__init__(lambda: make_loader(config, directory, state), config.data, config.checkpoint.save, state)
-        self.vision = directory.config.vision
+        self.config, self.model = config, directory.config
+        interleaved = config.parallel.num_layers_per_virtual_pipeline_stage is not None
+        self.multiple_of = state.pp_size if interleaved else 1  # of micro-batches, for the interleaved schedule
+        self.pad_to_multiple = config.fp8.token_multiple(state.tp_size if config.parallel.sequence_parallel else 1)
+        self.balances = config.data.balance_batch and config.loss.cached_contrastive
 
-    def next(self) -> tuple[list[PackedBatch], bool]:
-        """(micro-batches, whether any data-parallel rank has more than one)."""
-        batches, several, failure = [], False, None
+    def next(self) -> list[PackedBatch]:
+        """The micro-batches; their number may differ by data-parallel rank."""
+        batches, failure = [], None
         if self.is_source:
             step = self.draw()
-            batches = step.batches
-            several, failure = self.agree(len(batches) > 1, step.failure)
+            failure = self.agree(step.failure)
+            if failure is None:
+                batches = self.packed(step.pairs)
         if self.state.tp_size * self.state.pp_size > 1:
             pixels = [batch.pixel_values for batch in batches]
             for batch in batches:
                 batch.pixel_values = emptied(batch.pixel_values)
-            batches, several, failure = send_to_peers((batches, several, failure), self.state)
-            shares = [Frames.of(batch.grid_thw, self.vision, *divided(self.state)) for batch in batches]
+            batches, failure = send_to_peers((batches, failure), self.state)
+            shares = [Frames.of(batch.grid_thw, self.model.vision, *divided(self.state)) for batch in batches]
             for batch, values in zip(batches, send_pixels(pixels, self.state, shares), strict=True):
                 batch.pixel_values = values
         if failure is not None:
             raise UserError(failure)
-        return [batch.to(self.state.device) for batch in batches], several
+        return [batch.to(self.state.device) for batch in batches]
+
+    def packed(self, pairs: list[EncodedPair]) -> list[PackedBatch]:
+        """On sources: micro-batches of the pairs that this rank shall compute.  Collective where ranks are balanced."""
+        data, costs = self.data, self.costs(pairs)
+        if self.balances and self.state.dp_size > 1:
+            pairs = balanced(pairs, costs, self.state)
+            costs = self.costs(pairs)
+        sizes = [pair_cost(pair) for pair in pairs]
+        plan = plan_micro_batches(
+            [tokens for tokens, _ in sizes],
+            [patches for _, patches in sizes],
+            data.micro_batch_size,
+            data.max_tokens_per_micro_batch,
+            data.max_patches_per_micro_batch,
+            multiple_of=self.multiple_of,
+            costs=costs if self.balances else None,
+        )
+        return [pack([pairs[place] for place in places], self.pad_to_multiple) for places in plan]
+
+    def costs(self, pairs: list[EncodedPair]) -> list[float]:
+        return [pair_flops(pair, self.model, self.config.model.train_vision) for pair in pairs]
+
+
+def balanced(pairs: list[EncodedPair], costs: list[float], state: ParallelState) -> list[EncodedPair]:
+    """The pairs that this rank shall compute, of those that all data-parallel ranks have read; as many as it gave."""
+    owners = shared_out(costs_of_all_ranks(costs, state.groups.dp, state.device))
+    items = exchange([(pair, None) for pair in pairs], owners, state.groups.dp, state.device)
+    return [pair for pair, _ in items]
 
 
 def send_to_peers(value: Any, state: ParallelState) -> Any:

@@ -61,6 +61,7 @@ LINE = (  # record key, what the line calls it, format
     ("frames_per_second", "frames decoded/s", ",.1f"),
     ("waiting_share", "waiting for data", ".1%"),
     ("padding_share", "padding", ".1%"),
+    ("load_imbalance", "load imbalance", ".3f"),
     ("memory_mib", "memory (MiB)", ".0f"),
     ("bad_samples", "bad samples", "d"),
     ("slowest_rank", "slowest rank", "d"),

@@ -47,7 +47,7 @@ class PromptSource(DataSource):
         if self.is_source:
             step = self.draw()
             pairs = step.pairs
-            _, failure = self.agree(False, step.failure)
+            failure = self.agree(step.failure)
         pairs, failure = share_pairs(pairs, failure, self.state)
         if failure is not None:
             raise UserError(failure)

@@ -4,10 +4,12 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from umer1 import device
+from umer1.data.balancing import imbalance
 from umer1.data.schema import PackedBatch
 from umer1.distributed.parallel import ParallelState
 from umer1.models.qwen2_vl.directory import HFDirectory
@@ -83,9 +85,9 @@ class SFTTrainer(Trainer):
         """One optimizer step over one global batch; returns this step's record."""
         started = time.perf_counter()
         with self.watch.phase("data", own=self.source.is_source):
-            batches, several = self.source.next()
+            batches = self.source.next()
         with self.watch.phase("counting"):
-            totals, work = self.count(batches)
+            totals, several, work = self.count(batches)
         step = SFTStep(self.config.loss, totals, self.state.groups.dp, self.config.model.train_vision)
         step.apart = self.watch.apart
         for model in self.models:
@@ -109,9 +111,13 @@ class SFTTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------- parts of a step
 
-    def count(self, batches: list[PackedBatch]) -> tuple[Totals, dict[str, float]]:
-        """Denominators of the losses, and the work done, over all data-parallel ranks; one reduction."""
-        config = self.directory.config
+    def count(self, batches: list[PackedBatch]) -> tuple[Totals, bool, dict[str, float]]:
+        """Over all data-parallel ranks, by one reduction: denominators of the losses, whether any rank has more than
+        one micro-batch, and the work done and how evenly it is shared out."""
+        config, train_vision = self.directory.config, self.config.model.train_vision
+        loads = np.zeros(self.state.dp_size)
+        flops = np.array([step_flops([batch], config, train_vision) for batch in batches])
+        loads[self.state.dp_rank] = flops.sum()
         mine = torch.tensor(
             [
                 sum(batch.num_pairs for batch in batches),
@@ -120,17 +126,21 @@ class SFTTrainer(Trainer):
                 sum(batch.num_real_tokens for batch in batches),
                 sum(len(batch.input_ids) for batch in batches),
                 sum(int(batch.grid_thw.prod(-1).sum()) for batch in batches if batch.grid_thw.numel()),
-                step_flops(batches, config, self.config.model.train_vision),
                 sum(batch.num_negatives for batch in batches),
+                len(batches) > 1,
+                imbalance(flops),
+                *loads,
             ],
             dtype=torch.float64,
             device=self.state.device,
         )
         dist.all_reduce(mine, group=self.state.groups.dp)
-        pairs, query, positive, tokens, slots, patches, flops, negatives = mine.tolist()
+        pairs, query, positive, tokens, slots, patches, negatives, several, micro_batches, *loads = mine.tolist()
         totals = Totals(int(pairs), (int(query), int(positive)))
-        work = {"tokens": tokens, "slots": slots, "patches": patches, "flops": flops, "hard_negatives": negatives}
-        return totals, work
+        work = {"tokens": tokens, "slots": slots, "patches": patches, "flops": sum(loads), "hard_negatives": negatives}
+        work["load_imbalance"] = imbalance(np.array(loads))
+        work["micro_batch_imbalance"] = micro_batches / self.state.dp_size
+        return totals, several > 0, work
 
     def share(self, numbers: torch.Tensor, step: SFTStep) -> dict[str, float]:
         """Sum the last stage's numbers over data-parallel ranks and give them to every rank, by name."""
