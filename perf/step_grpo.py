@@ -27,6 +27,7 @@ from umer1.training.build import build_training_model
 from umer1.training.flops import forward_flops
 from umer1.training.grpo import GRPOTrainer
 from umer1.training.optimizer import OptimizerConfig
+from umer1.training.policy_balance import RolloutBalance
 from umer1.training.policy_batches import Round, SpecialIds
 from umer1.training.policy_config import GRPOConfig
 from umer1.training.reference import Reference
@@ -79,6 +80,7 @@ class StepTrainer(GRPOTrainer):
         special = directory.special
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
+        self.balance = RolloutBalance(config, directory.config, state)
         self.reference = Reference(self.models)
         self.heldout, self.signals, self.seconds = None, None, {}
         self.completions = random_responses(pairs * 2 * self.group, length, directory.config, ids, config.run.seed)

@@ -1,5 +1,7 @@
 """Pairs on their way between data-parallel ranks, and what they are said to cost."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_every_pair_arrives_whole_and_all_ranks_agree(tmp_path):
     owners[1] = 1  # a rank that nothing leaves, and one that all leaves
     owners[0], owners[2] = 2, 0
     pairs, costs = make_pairs(tmp_path), rng.lognormal(0, 1, (RANKS, EACH))
-    kinds = [pairs, [as_prompts(pair) for pair in pairs]]
+    kinds = [pairs, [as_prompts(pair) for pair in copy.deepcopy(pairs)]]
     want = [[(facts(pair), {"with": pair.index}) for pair in kind] for kind in kinds]
     for rank, (found, everything, agreed) in enumerate(run_distributed(exchanged, RANKS, kinds, owners, costs)):
         mine = np.flatnonzero(owners.flatten() == rank)

@@ -21,6 +21,7 @@ from umer1.training.dynamic_sampling import merge_rounds
 from umer1.training.engines import describe_engine, make_phase
 from umer1.training.heldout import Heldout, evaluate, requests_of
 from umer1.training.optimizer import step_if_finite
+from umer1.training.policy_balance import RolloutBalance
 from umer1.training.policy_batches import PolicyBatch, Round, SpecialIds
 from umer1.training.policy_config import GRPOConfig
 from umer1.training.policy_step import PolicyStep, update_step
@@ -66,6 +67,7 @@ class GRPOTrainer(Trainer):
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.stop_ids = (special.im_end, special.gen_emb) if config.rollout.stop_at_gen_emb else (special.im_end,)
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
+        self.balance = RolloutBalance(config, directory.config, state)
         with watch.phase("reading the held-out data's index"):
             self.heldout = Heldout(config, directory, state) if config.heldout.eval_data_path else None
         self.evaluation_is_due = True
@@ -142,6 +144,7 @@ class GRPOTrainer(Trainer):
             record |= self.update(scored)
         self.place_in_data = self.source.state_dict()
         log_rollouts(self, rounds[0])
+        record["load_imbalance"] = self.balance.imbalance(scored.round_)
         record["rounds"] = len(rounds)
         record["generated_tokens"] = sum(int(each.rollouts.lengths.sum()) for each in rounds)
         record["seconds"] = time.perf_counter() - started
@@ -170,7 +173,8 @@ class GRPOTrainer(Trainer):
             with self.clock("rollout", less="sync"):
                 completions = self.rollout(pairs, len(rounds))
             with self.clock("score"):
-                rounds.append(self.scorer.score(self.models, Round(pairs, completions, self.group)))
+                round_ = self.balance.shared_out(Round(pairs, completions, self.group))
+                rounds.append(self.scorer.score(self.models, round_))
                 self.scorer.reward(rounds[-1])
             useful += int(rounds[-1].spread.any(0).sum())
         return rounds
