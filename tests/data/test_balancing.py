@@ -59,10 +59,12 @@ def test_imbalance_is_the_largest_by_the_mean():
 
 
 def test_spreading_over_bins():
-    never_full = lambda places, place: True  # noqa: E731
-    assert spread([5.0, 4, 3, 3, 3], 2, never_full) == [[0, 3], [1, 2, 4]]
-    assert spread([1.0, 1, 1], 2, lambda places, place: False) is None
-    assert spread([0.0, 0, 0, 0], 2, lambda places, place: len(places) < 2) == [[0, 2], [1, 3]]
+    # the costliest first would give 5 + 3 and 4 + 3 + 3; an exchange evens it out
+    assert spread([5.0, 4, 3, 3, 3], 2, lambda places: True) == [[0, 1], [2, 3, 4]]
+    # an exchange that a bin cannot take is none
+    assert spread([5.0, 4, 3, 3, 3], 2, lambda places: not {0, 1} <= set(places)) == [[0, 3], [1, 2, 4]]
+    assert spread([1.0, 1, 1], 2, lambda places: len(places) == 1) is None
+    assert spread([0.0, 0, 0, 0], 2, lambda places: len(places) <= 2) == [[0, 2], [1, 3]]
 
 
 def test_micro_batches_keep_their_limits_and_are_never_worse():

@@ -4,6 +4,8 @@ Pure functions of the costs: every rank gets the same answer from the same numbe
 depend on them, for the losses compare all pairs of the global batch wherever each of them is computed.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 TOLERANCE = 0.01  # of the mean load: moving a pair for less than that costs more than it gains
@@ -55,18 +57,24 @@ def _best_swap(costs: np.ndarray, ours: np.ndarray, theirs: np.ndarray, gap: flo
     return int(ours[place // len(theirs)]), int(theirs[place % len(theirs)])
 
 
-def spread(costs: list[float], num_bins: int, fits) -> list[list[int]] | None:
-    """Places of the items in each bin, the costliest first into the bin with the least; None where one fits nowhere.
+def spread(costs: list[float], num_bins: int, fit: Callable[[list[int]], bool]) -> list[list[int]] | None:
+    """Places of the items in each bin, about equal in cost; None where one fits nowhere.
 
-    fits(places, place): whether a bin that holds some `places` can take another.
+    The costliest first, each into the bin with the least of those that can take it; then exchanges, as `assign` makes
+    them, where all bins can take those.  fit(places): whether a bin can hold them; one item always fits.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     loads = [0.0] * num_bins
     for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
-        able = [number for number, places in enumerate(bins) if not places or fits(places, place)]
+        able = [number for number, places in enumerate(bins) if fit([*places, place])]
         if not able:
             return None
         least = min(able, key=lambda number: (loads[number], len(bins[number])))
         bins[least].append(place)
         loads[least] += costs[place]
-    return sorted(sorted(places) for places in bins)
+    owners = np.empty(len(costs), dtype=np.int64)
+    for number, places in enumerate(bins):
+        owners[places] = number
+    owners = assign(np.array(costs), owners, num_bins)
+    exchanged = [np.flatnonzero(owners == number).tolist() for number in range(num_bins)]
+    return sorted(exchanged if all(map(fit, exchanged)) else map(sorted, bins))

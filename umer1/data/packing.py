@@ -71,22 +71,22 @@ def plan_micro_batches(
     if costs is None or len(plan) == 1:
         return plan
 
-    def fits(places: list[int], place: int) -> bool:
-        return (
-            len(places) < micro_batch_size
-            and (max_tokens is None or sum(lengths[p] for p in places) + lengths[place] <= max_tokens)
-            and (max_patches is None or sum(patches[p] for p in places) + patches[place] <= max_patches)
+    def fit(places: list[int]) -> bool:
+        return len(places) == 1 or (
+            len(places) <= micro_batch_size
+            and (max_tokens is None or sum(lengths[place] for place in places) <= max_tokens)
+            and (max_patches is None or sum(patches[place] for place in places) <= max_patches)
         )
 
     fewest = -(-len(lengths) // micro_batch_size)
     for count in range(-(-fewest // multiple_of) * multiple_of, len(plan), multiple_of):
-        if (found := spread(costs, count, fits)) is not None:
+        if (found := spread(costs, count, fit)) is not None:
             return found
-    found = spread(costs, len(plan), fits)
-    return plan if found is None or _largest(found, costs) > _largest(plan, costs) else found
+    found = spread(costs, len(plan), fit)
+    return plan if found is None or _most(found, costs) > _most(plan, costs) else found
 
 
-def _largest(plan: list[list[int]], costs: list[float]) -> float:
+def _most(plan: list[list[int]], costs: list[float]) -> float:
     return max(sum(costs[place] for place in places) for places in plan)
 
 
