@@ -24,7 +24,7 @@ LAYOUTS = {
     "dp2": (2, "--micro-batch-size 5"),
     "dp2-plain-optimizer-budget": (
         2,
-        "--no-use-distributed-optimizer --micro-batch-size 9 --max-tokens-per-micro-batch 600",
+        "--no-use-distributed-optimizer --no-balance-batch --micro-batch-size 9 --max-tokens-per-micro-batch 600",
     ),
     "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 8"),
     "dp4": (4, "--micro-batch-size 4"),

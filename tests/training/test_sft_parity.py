@@ -42,7 +42,7 @@ LAYOUTS = {
         "--tensor-model-parallel-size 2 --micro-batch-size 2 --recompute-granularity full "
         "--recompute-method uniform --recompute-num-layers 1",
     ),
-    "dp2-plain-optimizer": (2, "--no-use-distributed-optimizer --micro-batch-size 4"),
+    "dp2-plain-optimizer": (2, "--no-use-distributed-optimizer --no-balance-batch --micro-batch-size 4"),
     "dp2-overlap": (2, "--overlap-grad-reduce --overlap-param-gather --micro-batch-size 2"),
     "dp2-pp2-vpp-overlap": (
         4,

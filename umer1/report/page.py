@@ -44,6 +44,7 @@ SECTIONS = {
         "mfu": "MFU",
         "memory_mib": "memory at the peak, MiB",
         "padding_share": "padding",
+        "load_imbalance": "modelled cost, the heaviest rank's by the mean",
     },
 }
 _HIDDEN = {"train_iters", "consumed_samples", "global_batch_size", "eta_seconds", "temperature"}
