@@ -80,7 +80,7 @@ class PolicyWork:
 def imagine_pairs(
     config: Qwen2VLConfig, side: Side, pairs: int, data: DataConfig, *, pad_to_multiple: int = 1, multiple_of: int = 1
 ) -> list[PackedBatch]:
-    """`pairs` equal pairs in micro-batches, cut as StepMaker cuts them."""
+    """`pairs` equal pairs in micro-batches as full as they can be; balancing makes the last ones no fuller."""
     places = plan_micro_batches(
         [2 * side.tokens(config)] * pairs,
         [2 * side.patches] * pairs,
