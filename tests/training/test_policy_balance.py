@@ -22,7 +22,7 @@ def prompt(rng: np.random.Generator) -> Prompt:
         -1, 3
     )
     ids = torch.arange(int(rng.integers(5, 30)))
-    pixels = torch.rand(int(grid.prod(-1).sum()), 6)
+    pixels = torch.from_numpy(rng.random((int(grid.prod(-1).sum()), 6), np.float32))
     side = Sequence(ids, ids, ids.expand(3, -1), pixels, grid, 0, -1, len(ids))
     return Prompt(side, images=(np.zeros((4, 4, 3), np.uint8),))
 

@@ -251,10 +251,9 @@ class BatchSource(DataSource):
 
     def packed(self, pairs: list[EncodedPair]) -> list[PackedBatch]:
         """On sources: micro-batches of the pairs that this rank shall compute.  Collective where ranks are balanced."""
-        data, costs = self.data, self.costs(pairs)
+        data = self.data
         if self.balances and self.state.dp_size > 1:
-            pairs = balanced(pairs, costs, self.state)
-            costs = self.costs(pairs)
+            pairs = balanced(pairs, self.costs(pairs), self.state)
         sizes = [pair_cost(pair) for pair in pairs]
         plan = plan_micro_batches(
             [tokens for tokens, _ in sizes],
@@ -263,7 +262,7 @@ class BatchSource(DataSource):
             data.max_tokens_per_micro_batch,
             data.max_patches_per_micro_batch,
             multiple_of=self.multiple_of,
-            costs=costs if self.balances else None,
+            costs=self.costs(pairs) if self.balances else None,
         )
         return [pack([pairs[place] for place in places], self.pad_to_multiple) for places in plan]
 
@@ -287,8 +286,11 @@ def send_to_peers(value: Any, state: ParallelState) -> Any:
 
 
 def emptied(pixels: torch.Tensor) -> torch.Tensor:
-    """[0, patch_dim] that travels light: a slice of no rows would be pickled with all that it is a slice of."""
-    return pixels.new_empty(0, *pixels.shape[1:])
+    """[0, patch_dim] that travels light: a slice of no rows would be pickled with all that it is a slice of.
+
+    On the CPU, as a pickled CUDA tensor goes to the device that it came from.
+    """
+    return torch.empty(0, *pixels.shape[1:], dtype=pixels.dtype)
 
 
 def divided(state: ParallelState) -> tuple[int, int]:
