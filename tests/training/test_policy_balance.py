@@ -13,7 +13,7 @@ from umer1.testing import run_distributed
 from umer1.training.policy_balance import RolloutBalance, pair_costs
 from umer1.training.policy_batches import Round
 
-RANKS, PAIRS, GROUP, MINI_BATCHES = 4, 4, 3, 2
+RANKS, PAIRS, GROUP, MINI_BATCHES = 4, 8, 3, 2
 
 
 def prompt(rng: np.random.Generator) -> Prompt:
