@@ -42,7 +42,7 @@ class BatchesInTurn(FixedBatches):
         super().__init__(sources[0].batches, sources[0].device)
         self.sources, self.taken = sources, 0
 
-    def next(self) -> tuple[list[PackedBatch], bool]:
+    def next(self) -> list[PackedBatch]:
         self.taken += 1
         return self.sources[(self.taken - 1) % len(self.sources)].next()
 
@@ -69,8 +69,8 @@ class CompareTrainer(SFTTrainer):
 
     def embeddings(self) -> torch.Tensor:
         """Of every side of the first global batch: fp32 [K * S, H] on the CPU."""
-        batches, _ = self.fixed[0].next()
-        totals, _ = self.count(batches)
+        batches = self.fixed[0].next()
+        totals, *_ = self.count(batches)
         step = SFTStep(self.config.loss, totals, self.state.groups.dp, self.config.model.train_vision)
         found = dict(run_schedule(self.models, batches, partial(embed_step, step=step), self.state, forward_only=True))
         return torch.cat([found[id(batch)].flatten(0, 1) for batch in batches]).float().cpu()

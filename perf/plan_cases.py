@@ -108,9 +108,8 @@ class PackedAnew(FixedBatches):
     def __init__(self, case: Case, pairs: list[EncodedPair], state: ParallelState):
         self.case, self.pairs, self.state = case, pairs, state
 
-    def next(self) -> tuple[list[PackedBatch], bool]:
-        batches = packed(self.case, self.pairs, self.state)
-        return batches, len(batches) > 1
+    def next(self) -> list[PackedBatch]:
+        return packed(self.case, self.pairs, self.state)
 
 
 class CaseTrainer(SFTTrainer):
