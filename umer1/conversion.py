@@ -116,7 +116,7 @@ def _import(
     dtype = getattr(torch, options.dtype) if options.dtype else stored_dtype(source)
     models = build_model(source.config, parallel, state, params_dtype=dtype)
     load_hf(models, source, state)
-    written = save_checkpoint(target, 0, models, source, state)
+    written = save_checkpoint(target, models, source, state)
     _report(f"{source.path} -> {written} ({_name(dtype)})", source, state)
 
 

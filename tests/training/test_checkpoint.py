@@ -1,51 +1,20 @@
-"""Checkpointer: what is kept, what is gone on from, what is refused, and what happens when the disk is full."""
+"""Checkpointer: what is kept, what is gone on from, what is refused, and what a disk that fails does."""
 
 import random
-import resource
+from contextlib import nullcontext
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_runs import Run, full_disk, mount_disk, no_permission, read_only, unmount
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.checkpoints import layout
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.errors import UserError
-from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.testing import run_distributed
-from umer1.training.build import ModelConfig, build_training_model
-from umer1.training.checkpoint import CheckpointConfig, Checkpointer
-from umer1.training.optimizer import OptimizerConfig, build_optimizer
-
-
-class Run:
-    """A model, its optimizer and a Checkpointer on this rank."""
-
-    def __init__(self, path, state, *, parallel=None, train_vision=False, lr=0.01, **config):
-        parallel = parallel or ParallelConfig()
-        directory = HFDirectory.open(path)
-        settings = ModelConfig(fp32=True, train_vision=train_vision)
-        self.models = build_training_model(settings, parallel, directory, state)
-        self.optimizer, self.scheduler = build_optimizer(
-            OptimizerConfig(lr=lr, lr_warmup_iters=0, lr_decay_style="constant"),
-            self.models,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-        )
-        self.checkpointer = Checkpointer(CheckpointConfig(**config), state, directory)
-
-    def fill(self, value):
-        with torch.no_grad():
-            for parameter in self.models[0].parameters():
-                parameter.fill_(value)
-
-    def save(self, iteration):
-        self.checkpointer.save(iteration, self.models, self.optimizer, self.scheduler, {"iteration": iteration})
-
-    def load(self):
-        return self.checkpointer.load(self.models, self.optimizer, self.scheduler)
-
-    def weight(self):
-        return float(self.models[0].module.decoder.final_layernorm.weight[0].detach())
+from umer1.training.checkpoint import CheckpointConfig
 
 
 @pytest.fixture(scope="module")
@@ -174,32 +143,65 @@ def test_violations_come_together(tmp_path):
     assert "is not a directory" in CheckpointConfig(load=str(tmp_path / "b")).violations()[0]
 
 
-def full_disk(path, save):
-    """One rank: save, save on a full disk (files end at 100 kB), save again; returns what was said."""
+def with_faults(path, save, disk):
+    """One rank: in both ways of saving, a save under each fault, then one without; returns what was said and done.
+
+    disk: a file system that can be made read-only, or None.
+    """
     with init_distributed(ParallelConfig()) as state:
-        run = Run(path, state, save=save)
-        run.fill(1)
-        run.save(1)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        said = None
-        try:
+        first, last = state.rank == 0, state.rank == state.world_size - 1
+        faults = {
+            "full": lambda folder: full_disk(),
+            "full for the last rank": lambda folder: full_disk() if last else nullcontext(),
+            "no permission": lambda folder: no_permission(folder) if first else nullcontext(),
+        }
+        if disk:
+            faults["read-only"] = lambda folder: read_only(disk) if first else nullcontext()
+        outcomes = {}
+        for number, (name, way) in enumerate(product(faults, (False, True))):
+            folder = f"{disk if name == 'read-only' else save}/{number}"
+            run = Run(path, state, save=folder, async_save=way)
+            run.fill(1)
+            run.save(1)
+            run.checkpointer.wait()
             run.fill(2)
-            run.save(2)
-        except UserError as error:
-            said = str(error)
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        state.barrier()
-        left = sorted(entry.name for entry in layout.Path(save).iterdir())
-        found = run.load()
-        run.save(3)
-        return said, left, found, run.weight()
+            state.barrier()
+            with faults[name](folder), pytest.raises(UserError) as said:
+                run.save(2)
+                run.checkpointer.wait()
+            state.barrier()
+            left = sorted(entry.name for entry in layout.Path(folder).iterdir())
+            found = run.load()
+            loaded = run.weight()
+            run.save(3)
+            run.checkpointer.close()
+            state.barrier()
+            outcomes[f"{name}, {'in the background' if way else 'in the step'}"] = (
+                str(said.value),
+                left,
+                found,
+                loaded,
+                layout.list_iterations(folder),
+            )
+        return outcomes
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_full_disk_is_one_message_on_every_rank_and_costs_nothing(tiny, tmp_path, world_size):
-    for said, left, found, weight in run_distributed(full_disk, world_size, tiny, str(tmp_path / "run")):
-        assert said and "could not be written" in said and "GiB free" in said
-        assert left == ["iter_0000001", layout.TRACKER]
-        assert found == {"iteration": 1} and weight == 1
-    assert layout.list_iterations(tmp_path / "run") == [1, 3]
+def test_a_disk_that_fails_is_one_message_on_every_rank_and_costs_nothing(tiny, tmp_path, world_size):
+    """Both ways of saving; where this user can't mount a file system, without the read-only one."""
+    disk = tmp_path / "disk"
+    mounted = mount_disk(disk)
+    try:
+        ranks = run_distributed(with_faults, world_size, tiny, str(tmp_path / "run"), str(disk) if mounted else None)
+    finally:
+        if mounted:
+            unmount(disk)
+    causes = {"full": "File too large", "no permission": "Permission denied", "read-only": "Read-only file system"}
+    for outcome in ranks:
+        assert outcome == ranks[0] and len(outcome) == 2 * (3 + mounted)
+        for name, (said, left, found, weight, at_last) in outcome.items():
+            assert "could not be written" in said and ("GiB free" in said or "no permission" in name), name
+            assert next(cause for fault, cause in causes.items() if name.startswith(fault)) in said, name
+            assert left == ["iter_0000001", layout.TRACKER], name
+            assert found == {"iteration": 1} and weight == 1, name
+            assert at_last == [1, 3], name

@@ -17,17 +17,17 @@ from umer1.training.build import ModelConfig, build_training_model
 from umer1.training.checkpoint import CheckpointConfig, Checkpointer
 from umer1.training.optimizer import OptimizerConfig, build_optimizer
 
-KILLS = 20
+KILLS = {"in the step": 20, "in the background": 10}
 
 
-def _save_for_ever(path, save, pipe):
+def _save_for_ever(path, save, way, pipe):
     """Child: load the newest checkpoint, check that it is of one piece, then save one after the other."""
     try:
         directory = HFDirectory.open(path)
         with init_distributed(ParallelConfig()) as state:
             models = build_training_model(ModelConfig(fp32=True), ParallelConfig(), directory, state)
             optimizer, scheduler = build_optimizer(OptimizerConfig(), models, use_distributed_optimizer=True)
-            config = CheckpointConfig(save=str(save), keep_latest_checkpoints=2)
+            config = CheckpointConfig(save=str(save), keep_latest_checkpoints=2, async_save=way == "in the background")
             checkpointer = Checkpointer(config, state, directory)
             found = checkpointer.load(models, optimizer, scheduler)
             iteration = found["iteration"] if found else 0
@@ -48,17 +48,21 @@ def _save_for_ever(path, save, pipe):
         raise
 
 
-def test_newest_valid_checkpoint_survives_any_kill(tmp_path):
-    """KILLS children, forked from a process that has done the imports; each killed at a random moment of its saving."""
+@pytest.mark.parametrize("way", KILLS)
+def test_newest_valid_checkpoint_survives_any_kill(tmp_path, way):
+    """KILLS children, forked from a process that has done the imports; each killed at a random moment of its saving.
+
+    In the background a save begins when the one before is over, so that one is always being written.
+    """
     path = make_tiny_directory(tmp_path / "tiny", layers=1, vision_depth=1)
     save = tmp_path / "run"
     choose = random.Random(0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["umer1.training.build", "umer1.training.checkpoint", "umer1.training.optimizer"])
     published, left_behind, duration = 0, 0, 0.5
-    for number in range(KILLS):
+    for number in range(KILLS[way]):
         here, there = context.Pipe()
-        child = context.Process(target=_save_for_ever, args=(path, save, there))
+        child = context.Process(target=_save_for_ever, args=(path, save, way, there))
         child.start()
         assert here.poll(120), "the child did not come up"
         loaded = here.recv()

@@ -1,5 +1,6 @@
 """Killed at random moments, mid-save included, a run resumes and ends with the weights of the undisturbed one."""
 
+import json
 import os
 import random
 import signal
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_runs import mount_disk, remount, unmount
 from grpo_runs import is_running
 from safetensors.torch import load_file
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
+
+from umer1.checkpoints import layout
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 80
@@ -86,13 +90,16 @@ def undisturbed(setting, tmp_path_factory):
 
 
 def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
-    """Half of the kills wait until a checkpoint is being written; the delays are drawn anew in every run."""
+    """Half of the kills wait until a checkpoint is being written, in the step or in the background by turns.
+
+    The delays are drawn anew in every run.
+    """
     seed = random.randrange(2**32)
     print(f"delays drawn with seed {seed}")
     rng = random.Random(seed)
     kills = 0
     for attempt in range(20):
-        process = start(setting, tmp_path)
+        process = start(setting, tmp_path, *(["--async-save"] if attempt % 4 > 1 else []))
         for _ in range(rng.randint(1, 4)):
             wait_for(process, "elapsed time")
         if attempt % 2:
@@ -108,9 +115,33 @@ def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
         kills += 1
     print(f"{kills} kills")
     assert kills >= 10, "the run ended before it could be disturbed; make it longer"
-    out = finish(start(setting, tmp_path))
+    out = finish(start(setting, tmp_path, "--async-save"))
     assert "resumed at iteration" in out
     assert_identical(tmp_path, undisturbed)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("seconds_save", "seconds_save_background"):
+        assert any(record.get(name, 0) > 0 for record in records), name
+
+
+def test_a_disk_that_turns_read_only_ends_the_run_and_costs_nothing(setting, undisturbed, tmp_path):
+    """Two ranks that save in the background: one message, and the same command goes on once the disk is mended."""
+    disk = tmp_path / "run"
+    if not mount_disk(disk):
+        pytest.skip("this user may not mount a file system")
+    try:
+        process = start(setting, tmp_path, "--async-save", processes=2)
+        wait_for(process, "iteration        8/")
+        remount(disk, "ro")
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode != 0 and out.count("could not be written under") == 1, out[-4000:]
+        assert "Read-only file system" in out and "Traceback" not in out, out[-4000:]
+        remount(disk, "rw")
+        left = [entry.name for entry in disk.glob("iter_*")]
+        assert left and not layout.corrupt_files(disk / max(left), layout.read_manifest(disk / max(left)))
+        assert f"resumed at iteration {int(max(left)[5:])}" in finish(start(setting, tmp_path, processes=2))
+    finally:
+        unmount(disk)
+    assert_close(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("flags", ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"])
@@ -124,13 +155,18 @@ def test_resume_in_another_layout(setting, undisturbed, tmp_path, flags):
     assert_close(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_leaves(setting, undisturbed, tmp_path, number):
-    process = start(setting, tmp_path, "--save-interval", "1000")
+@pytest.mark.parametrize(
+    ("number", "flags"),
+    [(signal.SIGTERM, "--save-interval 1000"), (signal.SIGUSR1, "--save-interval 5 --async-save")],
+    ids=["SIGTERM", "SIGUSR1 while a save is in the background"],
+)
+def test_a_signal_saves_and_leaves(setting, undisturbed, tmp_path, number, flags):
+    process = start(setting, tmp_path, *flags.split())
     wait_for(process, "iteration        5/")
     process.send_signal(number)
     out = finish(process)
     assert f"stopped by {number.name}" in out
+    assert not list((tmp_path / "run").glob(".tmp-*"))
     assert "resumed at iteration" in finish(start(setting, tmp_path))
     assert_identical(tmp_path, undisturbed)
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
+_GATHERED = 1 << 26  # elements of all ranks in one gather of a save: 256 MiB on the device
 
 
 def mend(optimizer: Any) -> None:
@@ -81,36 +82,79 @@ def _load_state_dict(original):
 
 
 def _whole_buffers(self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False):
-    """fp32 CPU copies of the main weights and both moments of every buffer, padding included, on every rank.
+    """Main weights and both moments of every buffer, padding included, fp32, on every rank.
 
     Stands for get_parameter_state_dp_zero: buffer number -> dtype -> key -> [buffer's padded size], so that
-    `param_index_map` indexes it.  `empty_data`: zeros, to be filled by a load.
+    `param_index_map` indexes it.  `empty_data`: zeros in host memory, to be filled by a load.  For a save only shapes
+    ("meta" tensors): no rank needs all of it, and `gather_states` brings what a rank writes.
     """
-    size, group = self.data_parallel_group.size(), self.data_parallel_group
+    place = "cpu" if empty_data else "meta"
+    whole = [
+        {key: torch.zeros(buffer.numel, dtype=torch.float32, device=place) for key in _KEYS} for buffer in self.buffers
+    ]
+    if not empty_data:
+        self.umer1_outlines = whole
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, ranges in enumerate(self.gbuf_ranges):
-        buffer = self.buffers[number]
-        ((dtype, buckets),) = ranges.items()
-        whole = {key: torch.zeros(buffer.numel, dtype=torch.float32) for key in _KEYS}
-        for bucket, bucket_ranges in zip(buffer.buckets, buckets, strict=True):
-            if empty_data:
-                break
-            length = bucket.grad_data.numel()
-            for key, tensor in _own_shards(self, bucket_ranges, length // size).items():
-                mine = tensor.to(bucket.grad_data.device)
-                gathered = torch.empty(length, dtype=torch.float32, device=mine.device)
-                dist.all_gather_into_tensor(gathered, mine, group=group)
-                whole[key][bucket.offset : bucket.offset + length].copy_(gathered)
-        state[number] = {dtype: whole}
+        (dtype,) = ranges
+        state[number] = {dtype: whole[number]}
     return state
 
 
-def _own_shards(self, bucket_ranges: dict[str, Any], length: int) -> dict[str, torch.Tensor]:
-    """This rank's part of one bucket, [length] for each key."""
-    shards = {key: torch.zeros(length, dtype=torch.float32) for key in _KEYS}
+def gather_states(optimizer: Any, wanted: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Bring the data of an optimizer's sharded state dict, of which a save has only shapes; collective over DP.
+
+    wanted: (tensor of the state dict on "meta", contiguous fp32 tensor of as many elements that takes its data), those
+    that this rank writes.  Copies may still be on their way to page-locked memory on return.
+    """
+    targets: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for outline, target in wanted:
+        assert outline.is_contiguous(), outline.stride()
+        place = targets.setdefault(outline.untyped_storage()._cdata, [])
+        place.append((outline.storage_offset(), target.view(-1)))
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not isinstance(part, DistributedOptimizer):
+            continue
+        for buffer, ranges, outlines in zip(part.buffers, part.gbuf_ranges, part.umer1_outlines, strict=True):
+            (buckets,) = ranges.values()
+            of_keys = {key: targets.pop(outline.untyped_storage()._cdata, []) for key, outline in outlines.items()}
+            for bucket, bucket_ranges in zip(buffer.buckets, buckets, strict=True):
+                for key in _KEYS:
+                    _gather_bucket(part, bucket, bucket_ranges, key, of_keys[key])
+        del part.umer1_outlines
+    assert not targets, "shapes of another optimizer"
+
+
+def _gather_bucket(part, bucket, bucket_ranges: dict[str, Any], key: str, targets: list[tuple[int, torch.Tensor]]):
+    """Give every target that lies in the bucket its data, by gathers of at most _GATHERED elements.
+
+    targets: (first element in the buffer, [elements]).  A rank owns a consecutive share of the bucket.
+    """
+    group, size = part.data_parallel_group, part.data_parallel_group.size()
+    total = bucket.grad_data.numel()
+    share = total // size
+    mine = _own_share(part, bucket_ranges, key, share, bucket.grad_data.device)
+    here = [(start - bucket.offset, target) for start, target in targets if 0 <= start - bucket.offset < total]
+    piece = min(share, max(1, _GATHERED // size))
+    gathered = torch.empty(size * piece, dtype=torch.float32, device=mine.device)
+    for first in range(0, share, piece):
+        length = min(piece, share - first)
+        of_ranks = gathered[: size * length]
+        dist.all_gather_into_tensor(of_ranks, mine[first : first + length], group=group)
+        for start, target in here:
+            end = start + target.numel()
+            for owner in range(start // share, (end - 1) // share + 1):
+                begin = owner * share + first
+                low, high = max(start, begin), min(end, begin + length)
+                if low < high:
+                    source = of_ranks[owner * length + low - begin : owner * length + high - begin]
+                    target[low - start : high - start].copy_(source, non_blocking=True)
+
+
+def _own_share(part, bucket_ranges: dict[str, Any], key: str, length: int, device: torch.device) -> torch.Tensor:
+    """This rank's share of a bucket, fp32 [length]; zeros where no parameter is."""
+    share = torch.zeros(length, dtype=torch.float32, device=device)
     for parameter, ranges in bucket_ranges["param_map"].items():
-        tensors = self._get_main_param_and_optimizer_states(parameter)
         place = slice(ranges["gbuf_local"].start, ranges["gbuf_local"].end)
-        for key in _KEYS:
-            shards[key][place].copy_(tensors[key].detach())
-    return shards
+        share[place].copy_(part._get_main_param_and_optimizer_states(parameter)[key].detach())
+    return share

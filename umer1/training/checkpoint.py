@@ -1,13 +1,14 @@
 """Checkpoints that appear whole or not at all, and resume from the newest valid one at any TP, PP and DP.
 
-A checkpoint is put together in a hidden directory, made durable, renamed, and only then named by the tracker.  Rank 0
-decides which one is loaded and tells the others; damaged ones are passed over with a message.
+A checkpoint is put together in a hidden directory, made durable, renamed, and only then named by the tracker; with
+--async-save by a thread, while training goes on.  Rank 0 decides which one is loaded and tells the others; damaged ones
+are passed over with a message.
 """
 
-import re
-import shutil
 import sys
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,27 @@ import torch.distributed as dist
 
 from umer1.checkpoints import layout as directories
 from umer1.checkpoints.search import find_checkpoint, read_json
-from umer1.checkpoints.sharded_state import read_sharded, write_sharded
-from umer1.checkpoints.source import ASSETS, describe_model, model_differences
+from umer1.checkpoints.sharded_state import read_sharded
+from umer1.checkpoints.shards import ShardTaker
+from umer1.checkpoints.source import model_differences
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
-from umer1.files import write_json
-from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
-from umer1.models.qwen2_vl.weights import agree, unwrap
-from umer1.training.rng import rng_state, set_rng_state
+from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.weights import agree
+from umer1.training.background import Background
+from umer1.training.rng import set_rng_state
+from umer1.training.snapshot import (
+    Snapshot,
+    is_distributed,
+    layout_of,
+    take_snapshot,
+    trained_names,
+    write_snapshot,
+)
+
+# Of the thread's collectives, in which ranks wait for the slowest disk.  A rank that dies is noticed at once; a disk
+# that hangs is found by umer1.training.hang, when the training thread waits at the next save.
+_THREAD_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +54,9 @@ class CheckpointConfig:
     """How many checkpoints stay in --save; older ones are removed after a newer one is complete.  0 keeps all."""
     keep_every: int = 0
     """Checkpoints whose iteration is a multiple of this stay for good, beside the latest.  0: none do."""
+    async_save: bool = False
+    """Write in the background while training goes on; each rank's share waits in host memory, a failure is told after
+    the step at hand."""
     ckpt_step: int | None = None
     """Iteration of --load to go on from; default: the newest valid one.  --save is always continued from its newest."""
     finetune: bool = False
@@ -74,7 +91,7 @@ class CheckpointConfig:
 
 
 class Checkpointer:
-    """Saves and loads the state of one run; every method but `is_due` is collective."""
+    """Saves and loads the state of one run; `save`, `load` and the making of one are collective."""
 
     def __init__(self, config: CheckpointConfig, state: ParallelState, assets: HFDirectory, algorithm: str = "sft"):
         self.config, self.state, self.assets, self.algorithm = config, state, assets, algorithm
@@ -85,35 +102,76 @@ class Checkpointer:
             for name in directories.remove_left_behind(config.save):
                 self._say(f"removed {Path(config.save) / name}, left behind by an interrupted run")
         agree(problem, state)
+        self.taker = ShardTaker(state)
+        self.background = Background("checkpoint")
+        self.seconds = 0.0  # for which steps have waited since `take_seconds`
+        self.group: dist.ProcessGroup | None = None
+        if config.save and config.async_save:
+            # On CPUs, and never used by the training thread: collectives of two threads must not meet in one group.
+            self.group = dist.new_group(backend="gloo", timeout=_THREAD_TIMEOUT)
 
     def is_due(self, iteration: int) -> bool:
         return self.config.save is not None and iteration % self.config.save_interval == 0
 
     def save(
-        self, iteration: int, models: list[torch.nn.Module], optimizer: Any, scheduler: Any, extra: dict[str, Any]
+        self,
+        iteration: int,
+        models: list[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        extra: dict[str, Any],
+        *,
+        last: bool = False,
     ) -> None:
         """Publish a checkpoint of `iteration`; without --save nothing happens.
 
         scheduler: megatron's OptimizerParamScheduler.  extra: the trainer's own state, JSON.  Raises UserError on every
-        rank when it could not be written; earlier checkpoints are untouched then.
+        rank when it, or the one before, could not be written; earlier checkpoints are untouched then.
+        With --async-save it is published while training goes on (`failed`, `wait`), unless it is the `last`.
         """
         if self.config.save is None:
             return
-        save_checkpoint(
-            Path(self.config.save),
-            iteration,
-            models,
-            self.assets,
-            self.state,
-            optimizer=optimizer,
-            extra={
-                "algorithm": self.algorithm,
-                "scheduler": scheduler.state_dict() if scheduler else None,
-                "trainer": extra,
-            },
-        )
+        started = time.perf_counter()
+        self.wait()
+        everything = {"algorithm": self.algorithm, "scheduler": scheduler.state_dict(), "trainer": extra}
+        in_background = self.config.async_save and not last
+        snapshot = take_snapshot(iteration, models, optimizer, self.taker, everything, copy=in_background)
+        if in_background:
+            self.background.start(lambda: self._publish(snapshot, self.group))
+        else:
+            self._publish(snapshot, None)
+        self.seconds += time.perf_counter() - started
+
+    def _publish(self, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
+        write_snapshot(Path(self.config.save), snapshot, self.assets, self.state, group)
         if self.state.rank == 0:
             directories.prune(self.config.save, self.config.keep_latest_checkpoints, self.config.keep_every)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the checkpoint in the background could not be written; `wait` says why."""
+        return self.background.failed
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written.  Raises UserError on every rank when one could not be written."""
+        self.background.wait()
+
+    def close(self) -> None:
+        """The end of a run, also of one that fails: what is being written is finished, or said to be lost."""
+        try:
+            self.wait()
+        except Exception as error:
+            self._say(f"the one in the background is lost: {error}")
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
+    def take_seconds(self) -> dict[str, float]:
+        """For the record, since the last call: seconds in which steps waited for saves, and of a save in the background
+        that is over."""
+        found = {"seconds_save": self.seconds or None, "seconds_save_background": self.background.seconds}
+        self.seconds, self.background.seconds = 0.0, None
+        return {name: value for name, value in found.items() if value is not None}
 
     def load(self, models: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
         """Go on from --save's newest valid checkpoint, else from --load's; returns the trainer's state.
@@ -144,7 +202,7 @@ class Checkpointer:
             self._say(f"weights from {path}; optimizer, schedule and iteration start anew")
             return None
         scheduler.load_state_dict(extra["scheduler"])
-        if manifest["layout"] == _layout(self.state):
+        if manifest["layout"] == layout_of(self.state):
             set_rng_state(read_json(path / "rng.json")[self.state.rank])
         return extra["trainer"]
 
@@ -167,11 +225,11 @@ class Checkpointer:
         """Differences that would end in a wrong load, as one UserError."""
         problems = model_differences(manifest, models)
         if optimizer is not None:
-            theirs, ours = set(manifest["trained"]), set(_trained(models, self.state))
+            theirs, ours = set(manifest["trained"]), set(trained_names(models, self.state))
             if theirs != ours:
                 names = ", ".join(sorted(theirs ^ ours)[:6])
                 problems.append(f"other parameters are trained ({names}, ...); --finetune takes the weights alone")
-            if manifest["distributed_optimizer"] != _is_distributed(optimizer):
+            if manifest["distributed_optimizer"] != is_distributed(optimizer):
                 problems.append(
                     "use_distributed_optimizer differs; set it as it was, or take the weights with --finetune"
                 )
@@ -184,105 +242,7 @@ class Checkpointer:
 
 
 def save_checkpoint(
-    save: Path,
-    iteration: int,
-    models: list[torch.nn.Module],
-    assets: HFDirectory,
-    state: ParallelState,
-    *,
-    optimizer: Any = None,
-    extra: dict[str, Any] | None = None,
+    save: Path, models: list[torch.nn.Module], assets: HFDirectory, state: ParallelState, iteration: int = 0
 ) -> Path:
-    """Write and publish SAVE/iter_NNNNNNN and the tracker; collective.  Without optimizer: weights and assets alone."""
-    aside = _open_aside(save, iteration, state)
-    destination = directories.iteration_path(save, iteration)
-    try:
-        write_sharded(aside, models, optimizer, state)
-        mine = _checksums(aside, state.rank)
-        content = {
-            "iteration": iteration,
-            "optimizer": optimizer is not None,
-            "distributed_optimizer": _is_distributed(optimizer),
-            "dtype": str(next(unwrap(models[0]).parameters()).dtype).removeprefix("torch."),
-            "layout": _layout(state),
-            "model": describe_model(models),
-            "trained": _trained(models, state),
-        }
-        gathered = [None] * state.world_size if state.rank == 0 else None
-        dist.gather_object((mine, rng_state()), gathered, dst=0)
-        problem = None
-        if state.rank == 0:
-            problem = _publish(aside, destination, content, gathered, assets, extra)
-        agree(problem, state)
-    except BaseException:
-        if state.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return destination
-
-
-def _open_aside(save: Path, iteration: int, state: ParallelState) -> Path:
-    """The hidden directory, made by rank 0 and known to all."""
-    message = [None, None]
-    if state.rank == 0:
-        try:
-            message[0] = str(directories.new_aside(save, iteration))
-        except OSError as error:
-            message[1] = f"nothing can be saved under {save}: {error}"
-    dist.broadcast_object_list(message, src=0)
-    if message[1]:
-        raise UserError(message[1])
-    return Path(message[0])
-
-
-def _publish(aside, destination, content, gathered, assets, extra) -> str | None:
-    """Rank 0: the small files, the manifest, the rename, the tracker; returns what went wrong, if anything."""
-    try:
-        if failed := [mine for mine, _ in gathered if isinstance(mine, str)]:
-            raise OSError(failed[0])
-        write_json(aside / "extra.json", extra or {})
-        write_json(aside / "rng.json", [rng for _, rng in gathered])
-        save_assets(assets, aside / ASSETS, dtype=content["dtype"])
-        checksums = {name: value for mine, _ in gathered for name, value in mine.items()}
-        directories.seal(aside, destination, content, checksums)
-        directories.write_tracker(destination.parent, content["iteration"])
-    except OSError as error:
-        return f"the checkpoint {destination} could not be written: {error}"
-    return None
-
-
-def _checksums(aside: Path, rank: int) -> dict[str, int] | str:
-    """CRC-32 of the shards that this rank wrote; a failure as text, so that rank 0 hears of it."""
-    try:
-        return {path.name: directories.crc32(path) for path in aside.glob(f"__{rank}_*.distcp")}
-    except OSError as error:
-        return str(error)
-
-
-def _layout(state: ParallelState) -> dict[str, int]:
-    return {"world_size": state.world_size, "tp": state.tp_size, "pp": state.pp_size, "dp": state.dp_size}
-
-
-def _trained(models: list[torch.nn.Module], state: ParallelState) -> list[str]:
-    """Names of trained parameters over all pipeline stages, layers as N."""
-    mine = {
-        re.sub(r"\.\d+\.", ".N.", name)
-        for model in models
-        for name, parameter in unwrap(model).named_parameters()
-        if parameter.requires_grad
-    }
-    stages: list[set[str]] = [mine]
-    if state.pp_size > 1:
-        stages = [set()] * state.pp_size
-        dist.all_gather_object(stages, mine, group=state.groups.pp)
-    # A tied head is the embedding's copy on the last stage.
-    return sorted(set().union(*stages) - ({"output_layer.weight"} if _tied(models) else set()))
-
-
-def _tied(models: list[torch.nn.Module]) -> bool:
-    return unwrap(models[0]).model_config.tie_word_embeddings
-
-
-def _is_distributed(optimizer: Any) -> bool:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(hasattr(part, "gbuf_ranges") for part in parts)
+    """Write and publish SAVE/iter_NNNNNNN with weights and assets alone; collective."""
+    return write_snapshot(save, take_snapshot(iteration, models, None, ShardTaker(state), {}), assets, state)

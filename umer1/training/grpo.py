@@ -107,7 +107,7 @@ class GRPOTrainer(Trainer):
                     self.log(record)
                 number = self.agree_on_signal(self.signals)
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
-                    self.save()
+                    self.save(last=bool(number) or self.finished)
                 if number and not self.finished:
                     self.plot()
                     self.say_stopped(number, f"after iteration {self.iteration}")
@@ -122,6 +122,7 @@ class GRPOTrainer(Trainer):
             self.signals.close()
             self.source.close()
             self.phase.engine.close()
+            self.close_checkpoints()
             if self.logger:
                 self.logger.close()
         self.finish()

@@ -63,6 +63,8 @@ LINE = (  # record key, what the line calls it, format
     ("padding_share", "padding", ".1%"),
     ("load_imbalance", "load imbalance", ".3f"),
     ("memory_mib", "memory (MiB)", ".0f"),
+    ("seconds_save", "save (s)", ".2f"),
+    ("seconds_save_background", "save in the background (s)", ".2f"),
     ("bad_samples", "bad samples", "d"),
     ("slowest_rank", "slowest rank", "d"),
     ("slowest_ratio", "its time by the median rank's", ".2f"),

@@ -69,7 +69,7 @@ class SFTTrainer(Trainer):
                     interval = []
                 number = self.agree_on_signal(signals)
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
-                    self.save()
+                    self.save(last=bool(number) or self.finished)
                 if number and not self.finished:
                     self.plot()
                     self.say_stopped(number, f"after iteration {self.iteration}")
@@ -77,6 +77,7 @@ class SFTTrainer(Trainer):
         finally:
             signals.close()
             self.source.close()
+            self.close_checkpoints()
             if self.logger:
                 self.logger.close()
         self.finish()

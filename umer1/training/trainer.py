@@ -106,7 +106,9 @@ class Trainer:
             for model in overlapped:
                 model.enable_forward_pre_hook()
 
-    def save(self) -> None:
+    def save(self, *, last: bool = True) -> None:
+        """Keep the state as it is.  The `last` checkpoint is written on return; another one may still be in the making
+        (--async-save), and fail at a later step."""
         extra = {
             "iteration": self.iteration,
             "skips": [self.skipped, self.skipped_in_a_row, self.nan],
@@ -114,14 +116,25 @@ class Trainer:
             **self.own_state(),
         }
         with self.watch.phase("saving a checkpoint"), self.settled():
-            self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra)
+            self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra, last=last)
 
     def agree_on_signal(self, signals: SignalWatch) -> int:
-        """The signal that any rank has received, 0 for none."""
+        """The signal that any rank has received, 0 for none.
+
+        Raises UserError on all ranks when a checkpoint in the background could not be written.
+        """
         with self.watch.phase("waiting for all ranks after a step"):
-            number = torch.tensor([signals.received], device=self.state.device)
-            dist.all_reduce(number, op=dist.ReduceOp.MAX)
-            return int(number)
+            mine = torch.tensor([signals.received, int(self.checkpointer.failed)], device=self.state.device)
+            dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+            number, failed = mine.tolist()
+            if failed:
+                self.checkpointer.wait()
+            return number
+
+    def close_checkpoints(self) -> None:
+        """At the end of a run, also of one that fails: nothing is written any more after it."""
+        with self.watch.phase("waiting for a checkpoint"):
+            self.checkpointer.close()
 
     def note_offending(self, loss: float, grad_norm: float) -> None:
         """List the samples of a step that is not finite or a spike: each source of data its own share, so that no rank
@@ -196,6 +209,7 @@ class Trainer:
             "waiting_share": work["seconds_waiting"] / seconds,
             "eta_seconds": (config.optimizer.train_iters - self.iteration) * seconds / steps,
             **self.watch.take_seconds(steps),
+            **self.checkpointer.take_seconds(),
         }
 
     def say(self, text: str) -> None:

@@ -175,11 +175,11 @@ def save_hf(
     agree(writer.finish() if writer else None, parallel)
 
 
-def agree(problem: str | None, parallel: ParallelState) -> None:
-    """Raise rank 0's problem as a UserError on every rank."""
+def agree(problem: str | None, parallel: ParallelState, group: dist.ProcessGroup | None = None) -> None:
+    """Raise rank 0's problem as a UserError on every rank.  group: of all ranks; default: the default group."""
     message = [problem]
     if parallel.world_size > 1:
-        dist.broadcast_object_list(message, src=0)
+        dist.broadcast_object_list(message, src=0, group=group)
     if message[0]:
         raise UserError(message[0])
 
