@@ -22,7 +22,7 @@ from umer1.checkpoints.shards import ShardTaker
 from umer1.checkpoints.source import model_differences
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
-from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.directory import HFDirectory, asset_texts
 from umer1.models.qwen2_vl.weights import agree
 from umer1.training.background import Background
 from umer1.training.rng import set_rng_state
@@ -103,6 +103,7 @@ class Checkpointer:
                 self._say(f"removed {Path(config.save) / name}, left behind by an interrupted run")
         agree(problem, state)
         self.taker = ShardTaker(state)
+        self.asset_texts: dict[str, str] = {}  # made once: a tokenizer's takes a while with the interpreter's lock held
         self.background = Background("checkpoint")
         self.seconds = 0.0  # for which steps have waited since `take_seconds`
         self.group: dist.ProcessGroup | None = None
@@ -136,6 +137,8 @@ class Checkpointer:
         everything = {"algorithm": self.algorithm, "scheduler": scheduler.state_dict(), "trainer": extra}
         in_background = self.config.async_save and not last
         snapshot = take_snapshot(iteration, models, optimizer, self.taker, everything, copy=in_background)
+        if not self.asset_texts and self.state.rank == 0:
+            self.asset_texts = asset_texts(self.assets, dtype=snapshot.content["dtype"])
         if in_background:
             self.background.start(lambda: self._publish(snapshot, self.group))
         else:
@@ -143,7 +146,7 @@ class Checkpointer:
         self.seconds += time.perf_counter() - started
 
     def _publish(self, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
-        write_snapshot(Path(self.config.save), snapshot, self.assets, self.state, group)
+        write_snapshot(Path(self.config.save), snapshot, self.asset_texts, self.state, group)
         if self.state.rank == 0:
             directories.prune(self.config.save, self.config.keep_latest_checkpoints, self.config.keep_every)
 
@@ -245,4 +248,5 @@ def save_checkpoint(
     save: Path, models: list[torch.nn.Module], assets: HFDirectory, state: ParallelState, iteration: int = 0
 ) -> Path:
     """Write and publish SAVE/iter_NNNNNNN with weights and assets alone; collective."""
-    return write_snapshot(save, take_snapshot(iteration, models, None, ShardTaker(state), {}), assets, state)
+    snapshot = take_snapshot(iteration, models, None, ShardTaker(state), {})
+    return write_snapshot(save, snapshot, asset_texts(assets, dtype=snapshot.content["dtype"]), state)

@@ -16,7 +16,7 @@ from umer1.checkpoints.source import ASSETS, describe_model
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.files import write_json, write_text
-from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
+from umer1.models.qwen2_vl.directory import write_assets
 from umer1.models.qwen2_vl.weights import agree, unwrap
 from umer1.training.rng import rng_state
 
@@ -59,10 +59,11 @@ def take_snapshot(
 
 
 def write_snapshot(
-    save: Path, snapshot: Snapshot, assets: HFDirectory, state: ParallelState, group: dist.ProcessGroup | None = None
+    save: Path, snapshot: Snapshot, assets: dict[str, str], state: ParallelState, group: dist.ProcessGroup | None = None
 ) -> Path:
     """Write and publish SAVE/iter_NNNNNNN and the tracker.
 
+    assets: the Hugging Face files beside the weights, by name; rank 0's are written.
     Collective over `group`, which has all ranks and, in a thread, is the thread's own; default: the default group.
     Raises UserError on every rank when any rank could not write; earlier checkpoints are untouched then.
     """
@@ -95,7 +96,7 @@ def _open_aside(save: Path, iteration: int, state: ParallelState, group: dist.Pr
     return Path(message[0])
 
 
-def _publish(aside: Path, destination: Path, snapshot: Snapshot, gathered: list, assets: HFDirectory) -> str | None:
+def _publish(aside: Path, destination: Path, snapshot: Snapshot, gathered: list, assets: dict[str, str]) -> str | None:
     """Rank 0: the small files, the manifest, the rename, the tracker; returns what went wrong, if anything."""
     try:
         if failed := [mine for mine, _ in gathered if isinstance(mine, str)]:
@@ -103,7 +104,7 @@ def _publish(aside: Path, destination: Path, snapshot: Snapshot, gathered: list,
         snapshot.shards.write_small_files(aside)
         write_text(aside / "extra.json", snapshot.extra)
         write_json(aside / "rng.json", [rng for _, rng in gathered])
-        save_assets(assets, aside / ASSETS, dtype=snapshot.content["dtype"])
+        write_assets(assets, aside / ASSETS)
         checksums = {name: value for mine, _ in gathered for name, value in mine.items()}
         directories.seal(aside, destination, snapshot.content, checksums)
         directories.write_tracker(destination.parent, snapshot.iteration)

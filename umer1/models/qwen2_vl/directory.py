@@ -129,12 +129,23 @@ class HFDirectory:
 
 
 def save_assets(source: HFDirectory, destination: str | Path, *, dtype: str | None = None) -> None:
-    """Write config, tokenizer (embedding tokens included), processor settings and templates of `source`.
+    """Write what `asset_texts` gives."""
+    write_assets(asset_texts(source, dtype=dtype), destination)
+
+
+def write_assets(texts: dict[str, str], destination: str | Path) -> None:
+    """Write files of these names."""
+    Path(destination).mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_text(Path(destination) / name, text)
+
+
+def asset_texts(source: HFDirectory, *, dtype: str | None = None) -> dict[str, str]:
+    """By file name: config, tokenizer (embedding tokens included), processor settings and templates of `source`.
 
     `dtype` ("float32", "bfloat16") is written into config.json as the type of the weights beside it.
     """
-    destination = Path(destination)
-    destination.mkdir(parents=True, exist_ok=True)
+    texts = {}
     for name, text in source.assets.items():
         if name == "tokenizer.json":
             text = source.tokenizer.to_str(pretty=True)
@@ -150,7 +161,8 @@ def save_assets(source: HFDirectory, destination: str | Path, *, dtype: str | No
                 if isinstance(part, dict) and "dtype" in part:
                     part["dtype"] = dtype
             text = _dump(raw)
-        write_text(destination / name, text)
+        texts[name] = text
+    return texts
 
 
 def _dump(value: Any) -> str:
