@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 from umer1 import device as devices
 from umer1.checkpoints.layout import iteration_path, list_iterations
+from umer1.checkpoints.source import ASSETS
 from umer1.configuration import load_config
 from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, launched_world_size
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import destination_problem
-from umer1.training.checkpoint import ASSETS
 from umer1.training.config import SFTConfig
 from umer1.training.engines import engine_violations
 from umer1.training.policy_config import GRPOConfig
