@@ -85,10 +85,11 @@ def no_permission(folder) -> Iterator[None]:
         os.chmod(folder, mode)
 
 
-def mount_disk(folder) -> bool:
+def mount_disk(folder, options="rw") -> bool:
     """An empty file system at `folder`; False where this user may not mount one."""
     folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True, check=False)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, check=False)
     return done.returncode == 0
 
 
@@ -96,9 +97,9 @@ def unmount(folder) -> None:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def remount(folder, mode) -> None:
-    """ "ro" or "rw"."""
-    subprocess.run(["mount", "-o", f"remount,{mode}", str(folder)], check=True)
+def remount(folder, options) -> None:
+    """Change a mounted file system: ro, size=..."""
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 @contextmanager

@@ -136,11 +136,13 @@ def _gather_bucket(part, bucket, bucket_ranges: dict[str, Any], key: str, target
     mine = _own_share(part, bucket_ranges, key, share, bucket.grad_data.device)
     here = [(start - bucket.offset, target) for start, target in targets if 0 <= start - bucket.offset < total]
     piece = min(share, max(1, _GATHERED // size))
-    gathered = torch.empty(size * piece, dtype=torch.float32, device=mine.device)
+    gathered = torch.empty(size * piece if size > 1 else 0, dtype=torch.float32, device=mine.device)
     for first in range(0, share, piece):
         length = min(piece, share - first)
-        of_ranks = gathered[: size * length]
-        dist.all_gather_into_tensor(of_ranks, mine[first : first + length], group=group)
+        of_ranks = mine[first : first + length]
+        if size > 1:
+            of_ranks = gathered[: size * length]
+            dist.all_gather_into_tensor(of_ranks, mine[first : first + length], group=group)
         for start, target in here:
             end = start + target.numel()
             for owner in range(start // share, (end - 1) // share + 1):
