@@ -16,7 +16,8 @@ def build(parallel: ParallelConfig, state: ParallelState) -> Qwen2VL:
     config = reference.our_config(NAME)
     (model,) = build_model(config, parallel, state, params_dtype=torch.float32)
     weights = reference.hf_tensors(reference.reference_model(NAME))
-    reference.copy_weights([model], weights, config, state.tp_rank, state.tp_size)
+    cut = dict(tp_rank=state.tp_rank, tp_size=state.tp_size, whole_vision=parallel.vision_data_parallel)
+    reference.copy_weights([model], weights, config, **cut)
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from umer1.training.grpo import GRPOTrainer
 from umer1.training.launch import read_command_line
 from umer1.training.policy_config import GRPOConfig
 from umer1.training.sft import SFTTrainer
+from umer1.training.watch import Watch
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -24,8 +25,11 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 def train(config_class, trainer, default: str, arguments: list[str]) -> None:
     """The example's program, in this process."""
     config, directory = read_command_line(config_class, arguments, CONFIGS / default)
-    with init_distributed(config.parallel, seed=config.run.seed) as state:
-        trainer(config, directory, state).fit()
+    with (
+        init_distributed(config.parallel, seed=config.run.seed) as state,
+        Watch.of(config, state, trainer.own_phases) as watch,
+    ):
+        trainer(config, directory, state, watch).fit()
 
 
 def counted(card: str) -> dict[str, int]:
