@@ -28,6 +28,7 @@ from umer1.training.watch_config import WatchConfig
 
 SFT = str(TESTS.parent / "examples" / "pretrain_sft.py")
 STEP = "elapsed time"
+HANG_MINUTES = "0.15"  # longer than any phase of a start takes when other tests have the processors
 CURVE = ("iteration", "loss", "disc_loss", "gen_loss", "ce_query", "grad_norm", "learning_rate")
 
 
@@ -51,7 +52,7 @@ def curve(folder: Path) -> list[list]:
 
 
 def test_a_stopped_rank_ends_the_run_with_one_message_about_every_rank(setting, tmp_path):
-    run = start(setting, tmp_path, "--hang-timeout-minutes", "0.04", steps=100_000, processes=2)
+    run = start(setting, tmp_path, "--hang-timeout-minutes", HANG_MINUTES, steps=100_000, processes=2)
     run.wait_for(STEP, count=3)
     stopped = random.randrange(2)
     pid = run.ranks()[stopped]
@@ -82,7 +83,7 @@ def test_a_start_that_hangs_ends_with_the_phase_it_hangs_in(setting, tmp_path):
     with open(data, "wb") as file:
         file.truncate(KEPT_BYTES)
         fcntl.flock(file, fcntl.LOCK_EX)
-        flags = ("--data-path", str(data), "--hang-timeout-minutes", "0.04")
+        flags = ("--data-path", str(data), "--hang-timeout-minutes", HANG_MINUTES)
         run = start(setting, tmp_path, *flags)
         run.wait_to_end(120)
     assert run.process.returncode == HANG_STATUS, run.output

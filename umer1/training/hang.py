@@ -98,7 +98,7 @@ class HangWatch:
         time.sleep(self._wait)
         after = read_beats(self.heart.folder)
         live = {rank for rank, beat in after.items() if rank in before and beat.written != before[rank].written}
-        if self.heart.rank == min(live | {self.heart.rank}):
+        if self.heart.rank == min(live | {self.heart.rank}) and self.heart.take_the_word():
             say(message(after, live | {self.heart.rank}, self.world_size, self.timeout, self.heart.folder))
         time.sleep(2 * self._wait)  # the launcher ends everything when the first rank leaves: others may be at it still
 

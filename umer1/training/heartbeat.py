@@ -14,6 +14,7 @@ from pathlib import Path
 
 RECORD_BYTES = 512
 ALARM = "alarm"  # holds "1" once a rank has found that the run hangs
+SPOKEN = "spoken"  # is there once a rank has the word to say where all are
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,16 @@ class Heartbeat:
         """Tell the other ranks that the run hangs."""
         (self.folder / ALARM).write_text("1")
 
+    def take_the_word(self) -> bool:
+        """Whether this rank is the first to ask: a rank that stood still and wakes up later must not speak as well."""
+        try:
+            os.close(os.open(self.folder / SPOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:
+            return False
+        except OSError:  # rather twice than not at all
+            return True
+        return True
+
     def _keep_fresh(self) -> None:
         while not self._closing.wait(self.interval):
             self.write()
@@ -111,7 +122,7 @@ def record_path(folder: Path, rank: int) -> Path:
 def clear(folder: Path) -> None:
     """Make the folder, without what an earlier run said; its stacks stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*folder.glob("rank-*.json"), folder / ALARM]:
+    for path in [*folder.glob("rank-*.json"), folder / ALARM, folder / SPOKEN]:
         path.unlink(missing_ok=True)
 
 
