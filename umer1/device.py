@@ -66,6 +66,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A host tensor in page-locked memory, which a CUDA device copies without a detour; without one, the tensor."""
+    return tensor.pin_memory() if has_cuda() else tensor
+
+
 def memory_gib() -> float:
     """Peak memory in GiB: allocated on the CUDA device, else resident in this process."""
     if has_cuda():

@@ -14,6 +14,8 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 
+from umer1 import device
+
 
 class HostAdamW(torch.optim.AdamW):
     """AdamW of parameters whose gradient is `decoupled_grad`, perhaps on another device (megatron's word for one that
@@ -30,10 +32,9 @@ class HostAdamW(torch.optim.AdamW):
             source = getattr(parameter, "decoupled_grad", None)
             if source is not None:
                 if parameter not in self.grads:
-                    self.grads[parameter] = _pinned(torch.empty_like(parameter), source.is_cuda)
+                    self.grads[parameter] = device.pinned(torch.empty_like(parameter))
                 parameter.grad = self.grads[parameter].copy_(source, non_blocking=True)
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
+        device.synchronize()
         super().step(closure)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -56,7 +57,7 @@ def move_to_host(optimizer: DistributedOptimizer) -> None:
         return
     for group in optimizer.shard_fp32_from_float16_groups:
         for main in group:
-            main.data = _pinned(main.data.cpu(), main.is_cuda)
+            main.data = device.pinned(main.data.cpu())
     optimizer.optimizer = HostAdamW(inner.param_groups)
     optimizer._copy_model_grads_to_main_grads = types.MethodType(_point_at_gradients, optimizer)
     optimizer.get_main_grads_for_grad_norm = types.MethodType(_gradients_for_norm, optimizer)
@@ -65,11 +66,6 @@ def move_to_host(optimizer: DistributedOptimizer) -> None:
 def gradients_apart(optimizer: object) -> bool:
     """Whether gradients are in `decoupled_grad`."""
     return isinstance(getattr(optimizer, "optimizer", None), HostAdamW)
-
-
-def _pinned(tensor: torch.Tensor, pin: bool) -> torch.Tensor:
-    """Host memory that a device copies from and to without a detour."""
-    return tensor.pin_memory() if pin else tensor
 
 
 def _point_at_gradients(self) -> None:

@@ -115,8 +115,9 @@ say(PIL.__version__, "PNG, JPEG, WebP")""",
 import torch
 import umer1
 from umer1.ops.extension import extension_obstacle
+from umer1.device import device as own_device
 from umer1.ops.gather_hidden import gather_hidden
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+device = own_device()
 if why := extension_obstacle(device):
     absent(why)
 x = torch.randn(7, 16, device=device)

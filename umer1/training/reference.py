@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from umer1.device import has_cuda
+from umer1.device import pinned
 from umer1.distributed.parallel import ParallelState
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import agree, load_hf, save_hf, unwrap
@@ -75,5 +75,4 @@ def _missing(places: list[str | None]) -> str:
 
 
 def _to_host(parameter: torch.nn.Parameter) -> torch.Tensor:
-    value = parameter.detach().to("cpu", copy=True)
-    return value.pin_memory() if has_cuda() else value
+    return pinned(parameter.detach().to("cpu", copy=True))
