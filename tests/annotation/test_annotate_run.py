@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import time
 from base64 import b64decode
 from pathlib import Path
@@ -155,6 +156,45 @@ def test_wrong_key_stops_at_once_and_is_never_written(world, monkeypatch, capsys
     shown = str(caught.value) + "".join(capsys.readouterr())
     written = [path for path in (root / "out").rglob("*") if path.is_file()]
     assert "sesame" not in shown and not any(b"sesame" in path.read_bytes() for path in written)
+
+
+@pytest.mark.parametrize("key", ["sesame\n", "ses\u00e4me", "open sesame"])
+def test_a_key_that_no_header_carries_is_refused_unseen(world, monkeypatch, key):
+    root, inputs = world
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(ConfigError, match="api_key_env=TEACHER_KEY: that variable holds") as caught:
+        main(flags(root, inputs, "http://127.0.0.1:9/v1", "--api-key-env", "TEACHER_KEY"))
+    assert "sesame" not in str(caught.value) and "ses" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://a..b/v1", f"http://{'a' * 64}.org/v1", "http://127.0.0.1:9/v\u00e4"])
+def test_an_address_that_nobody_can_have(world, url):
+    root, inputs = world
+    with pytest.raises(ConfigError, match="endpoint="):
+        main(flags(root, inputs, url))
+
+
+def test_names_that_are_no_utf8_reach_the_training_file(tmp_path):
+    """A frame whose name is Latin-1 on the disk: annotated, written, and found again by training."""
+    write_picture(tmp_path, "v/0.png", 28, 28)
+    latin = os.fsdecode(b"v/caf\xe9.png")
+    (tmp_path / "v/0.png").rename(tmp_path / latin)
+    rows = [{"video": "v", "conversations": [{"value": good_text("what")}, {"value": good_text("rain")}]}]
+    inputs = [{"layout": "llavahound-caption", "path": str(write_records(tmp_path / "rows.json", rows))}]
+    with Teacher() as teacher:
+        main(flags(tmp_path, inputs, teacher.url))
+    (shard,) = (tmp_path / "out" / "dataset").glob("sft-*.jsonl")
+    dataset = PairDataset(shard, tmp_path, make_processor())
+    assert dataset.read(0).query.videos == ((latin,),)
+    assert dataset[0].query.pixel_values.numel() > 0
+
+
+def test_a_damaged_tokenizer_is_named(world):
+    root, inputs = world
+    (root / "model").mkdir()
+    (root / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        main(flags(root, inputs, "http://127.0.0.1:9/v1", "--tokenizer", str(root / "model")))
 
 
 def test_silent_teacher_stops_the_run_and_nothing_is_lost(world):

@@ -115,6 +115,28 @@ def test_journal_refuses_damage_and_a_second_writer(tmp_path):
         Journal(path, {})
 
 
+def test_a_full_disk_leaves_no_half_line_behind(tmp_path, monkeypatch):
+    """Half of a line was written when the disk was full; what is appended after that, as a run's last act, is whole."""
+    path, keys = tmp_path / "journal.jsonl", [side_key(Side(str(i))) for i in range(3)]
+    journal, write = Journal(path, {}), os.write
+    journal.append([(keys[0], answer("a"))])
+
+    def full(fd: int, content: bytes) -> int:
+        if len(content) < 40:
+            raise OSError(28, "No space left on device")
+        return write(fd, content[: len(content) // 2])
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("os.write", full)
+        journal.append([(keys[1], answer("b"))])
+    journal.append([(keys[2], answer("c"))])
+    assert journal.read(keys[2]) == answer("c")
+    journal.close()
+    again = Journal(path, {})
+    assert [key in again for key in keys] == [True, False, True] and again.read(keys[2]) == answer("c")
+    again.close()
+
+
 @pytest.mark.parametrize(
     ("there", "count", "expected"),
     [
@@ -162,11 +184,27 @@ def test_layouts(tmp_path, layout):
     assert isinstance(broken, Broken) and broken.cause == "bad_record"
 
 
+def test_words_of_ones_own_are_text(tmp_path):
+    """A marker in `query_text` would announce a picture that is not there; half a surrogate pair could not be sent."""
+    path = write_records(tmp_path / "rows.jsonl", [{"qry": "what", "pos_text": "t"}], lines=True)
+    inputs = [InputFile(layout="mmeb", path=str(path), query_text=text) for text in ("<image>\nLook:", "\ud83d")]
+    library = Library(MediaRoot(tmp_path), num_frames=8, folder="embedded")
+    sample, broken = read_samples(inputs, library)
+    assert sample.query == Side("Look:\nwhat")
+    assert isinstance(broken, Broken) and broken.cause == "bad_record"
+
+
 def test_frames_are_spread_in_natural_order(tmp_path):
     for number in (*range(9, 13), 100):
         write_picture(tmp_path, f"v/f{number}.png", 28, 28)
     library = Library(MediaRoot(tmp_path), num_frames=3, folder="embedded")
     assert library.frames("v", "") == ("v/f9.png", "v/f11.png", "v/f100.png")
+    # the same places as in a video file and in evaluation: rounded down
+    places = [int(name[3:-4]) for name in Library(MediaRoot(tmp_path), num_frames=4, folder="e").frames("v", "")]
+    assert places == [9, 10, 11, 100]
+    for name in ("w", "v/f9.png", "\ud83d"):
+        with pytest.raises(BadSample, match="missing_file"):
+            library.frames(name, "")
 
 
 def test_frames_of_a_video_file_are_written_once(tmp_path, monkeypatch):
@@ -212,3 +250,6 @@ def test_frames_of_a_video_file_are_written_once(tmp_path, monkeypatch):
 def test_retry_after_forms():
     assert seconds_of("7") == 7.0 and seconds_of(None) is None and seconds_of("soon") is None
     assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    # letters that count as digits, and a year that no clock has
+    assert seconds_of("\u00b2") is seconds_of("\u0667") is None
+    assert seconds_of("Mon, 01 Jan 0001 00:00:00 -0000") in (None, 0.0)

@@ -65,6 +65,7 @@ DEEP = "[" * 100_000
         (b'[{"a": 1}] {"b": 2}', "goes on after"),
         (b'[{"a": 1},]', "line 1, byte 10"),
         (b'[{"a": "\xff"}]', "UTF-8"),
+        ('[{"a": "é"},\n{"b": "'.encode() + b'\xff"}]', "UTF-8: invalid start byte (line 2, byte 21)"),
         (b'{"a": 1,\n "b": 2\n}', "line 1 is not a whole JSON object"),
         (DEEP.encode(), "nested too deeply"),
         ("[1]".encode("utf-16"), "starts with"),

@@ -122,6 +122,19 @@ def test_damaged_files_are_bad_samples_or_fewer_frames(tmp_path):
             assert 1 <= taken <= 8, f"seed {seed}"
 
 
+@pytest.mark.parametrize("name", ["e.avi", "e.mp4", "e.mkv"])
+def test_a_header_without_a_frame_is_a_corrupt_video(tmp_path, name):
+    """No frames, and in the first fragment of an MP4 no size either: asked for its shape, it has none to divide by."""
+    options = {"movflags": "frag_keyframe+empty_moov"} if name == "e.mp4" else {}
+    with av.open(str(tmp_path / name), "w", options=options) as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        container.start_encoding()
+    assert cause(MediaRoot(tmp_path), name) == "corrupt_video"
+    with pytest.raises(BadSample, match="corrupt_video"):
+        video_files.video_shape(MediaRoot(tmp_path), name, 8)
+
+
 def test_without_the_decoder_the_cause_says_what_helps(tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", frames=2)
     monkeypatch.setitem(sys.modules, "av", None)

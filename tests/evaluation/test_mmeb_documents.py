@@ -147,6 +147,19 @@ def test_ids_that_lead_out_of_the_folder_are_missing_and_nothing_is_written(tmp_
     assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["in.png"]
 
 
+def test_an_id_that_no_file_can_have_is_missing(tmp_path):
+    """Half a surrogate pair, which JSON can spell."""
+    for name in ("VisRAG_PlotQA", "ViDoSeek-doc"):
+        place, _, split = DOCUMENTS[name]
+        page = [{"corpus-id": "a\ud83d.png"}]
+        for subset, rows in {"queries": [{"query-id": "q", "query": "?"}], "corpus": page}.items():
+            write_table(tmp_path / "visdoc-tasks" / place / subset / f"{split}.jsonl", rows)
+        qrels = [{"query-id": "q", "corpus-id": "a\ud83d.png", "score": 1}]
+        write_table(tmp_path / "visdoc-tasks" / place / "qrels" / f"{split}.jsonl", qrels)
+        (candidate,) = read_task(TASKS[name], tmp_path).candidates
+        assert candidate.name == "a\ud83d.png" and candidate.item.missing
+
+
 def test_pictures_that_were_unpacked_are_taken_from_there(tmp_path):
     """visdoc-tasks/data and visdoc-tasks/images, as the two archives unpack."""
     tables = make_folders(tmp_path, ["VisRAG_InfoVQA"], seed=FRESH)["VisRAG_InfoVQA"]
@@ -189,6 +202,8 @@ def test_a_root_that_cannot_be_written(tmp_path):
     "subset, change, message",
     (
         ("qrels", {"score": "much"}, "score must be a number, not 'much'"),
+        ("qrels", {"score": float("inf")}, "score must be a number, not inf"),
+        ("qrels", {"score": 10**400}, "score must be a number, not 10"),
         ("queries", {"query": None}, "query 0 must be a string, not None"),
     ),
 )

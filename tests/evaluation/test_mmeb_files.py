@@ -85,6 +85,21 @@ def test_names_without_modes_and_without_vectors(tmp_path):
         find_reference(tmp_path, ["MSVD"])
 
 
+@pytest.mark.parametrize(
+    "line",
+    ("[" * 100_000, '{"prediction": "a", "label": "a"}', *(
+        f'{{"prediction": ["a"], "label": ["a"], "rel_scores": {scores}}}'
+        for scores in ("7", '["x"]', "[null]", "[[1]]", "[true]", "[NaN]", "[1, 2]")
+    )),
+)  # fmt: skip
+def test_damaged_predictions_are_named(tmp_path, line):
+    files = ReferenceNames(tmp_path, "MSVD", None, None)
+    files.predictions().write_text(line + "\n")
+    spec = TaskSpec("MSVD", "video", "V-RET", "global", "hit@1", "video_ret")
+    with pytest.raises(UserError, match="MSVD_pred.jsonl"):
+        score_reference(files, spec)
+
+
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
 def test_arrays_of_every_protocol(tmp_path, protocol, dtype):

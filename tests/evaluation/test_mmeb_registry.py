@@ -127,6 +127,29 @@ def test_damaged_files_and_missing_columns(tmp_path, file):
         find_annotation(tmp_path, ["good"]).rows(["a"])
 
 
+@pytest.mark.parametrize("content", (b"[" * 100_000, b"\xff\xfe", b'[{"a": 1},]', b"7"))
+def test_what_is_no_json_ends_in_a_message(tmp_path, content):
+    (tmp_path / "test.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"test.json(: row 0 must be| cannot be read as JSON)"):
+        find_annotation(tmp_path, ["test.json"]).rows(["a"])
+
+
+def test_json_as_other_systems_write_it(tmp_path):
+    """A byte order mark, and lines that end in CRLF."""
+    (tmp_path / "test.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    (tmp_path / "list.json").write_bytes(b'\xef\xbb\xbf[\r\n{"a": 1}, {"a": 2}]\r\n')
+    for name in ("test.jsonl", "list.json"):
+        assert find_annotation(tmp_path, [name]).rows(["a"]) == [{"a": 1}, {"a": 2}]
+
+
+def test_parquet_whose_text_is_no_utf8(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    raw = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff"))
+    pyarrow.parquet.write_table(pyarrow.table({"a": raw}), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="test.parquet cannot be read as parquet"):
+        find_annotation(tmp_path, ["test.parquet"]).rows(["a"])
+
+
 def test_the_fingerprint_is_of_contents_alone(tmp_path):
     rng = np.random.default_rng(FRESH)
     rows = [{"a": words(rng, 3)} for _ in range(3)]
@@ -168,6 +191,9 @@ def test_what_is_below_the_root(tmp_path):
     for path in ("../out.png", "a/../../out.png", str(tmp_path / "out.png"), "", "a/b", "a\0b", "a/b/none.png"):
         assert not tree.has_file(path) and tree.image_item("", [path]).missing
     assert clean("a//./b/in.png") == "a/b/in.png"
+    (root / "here.png").touch()  # a video of a climbing name is not the root's own pictures
+    for folder in ("../root", "", "a/\ud83d", "\ud83d"):
+        assert tree.video_item("", folder, 8).missing and tree.image_item("", [f"{folder}/x.png"]).missing
     with pytest.raises(UserError, match="cannot be written"):
         tree.write("up/new.png", b"")
 

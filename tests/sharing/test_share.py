@@ -16,6 +16,7 @@ from umer1.errors import ConfigError, UserError
 from umer1.evaluation.mmeb_v2.registry import GROUPS
 from umer1.evaluation.mmeb_v2.results import make_results
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.sharing.card import Subject, model_card
 from umer1.sharing.scores import read_results
 from umer1.sharing.share import main
 from umer1.sharing.training_run import note_start, pairs_of, read_run
@@ -79,6 +80,13 @@ def test_a_card_tells_run_and_scores(tmp_path, run):
     files[0].write_text(files[0].read_text().replace(sha256, "0" * 64))
     with pytest.raises(UserError, match=f"SHA-256 {'0' * 64}.*{sha256}"):
         main([*flags, *scores])
+
+
+def test_a_data_set_of_any_name_is_one_row(run):
+    note_start(run, 0, {"a|b\n\u2028c": 3})
+    directory = HFDirectory.open(MINI_BASE)
+    card = model_card(Subject("m", directory.config, "float32", run=read_run(run)))
+    assert "| data set | pairs |\n| --- | --- |\n| a\\|b  c | 3 |\n| all | 3 |" in card
 
 
 def test_nothing_of_this_machine_is_in_what_is_shared(tmp_path, run):

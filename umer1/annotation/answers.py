@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from umer1.annotation.client import Answer
 from umer1.annotation.config import FilterConfig
 from umer1.data.prompts import DISC_EMB, GEN_EMB, IMAGE_MARKER, VIDEO_MARKER, assistant_text
+from umer1.errors import UserError
 
 _BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -39,7 +40,11 @@ class AnswerFilter:
 
     @staticmethod
     def open(config: FilterConfig, directory: str | Path) -> "AnswerFilter":
-        return AnswerFilter(config, Tokenizer.from_file(str(Path(directory) / "tokenizer.json")))
+        path = Path(directory) / "tokenizer.json"
+        try:
+            return AnswerFilter(config, Tokenizer.from_file(str(path)))
+        except Exception as error:  # the package raises this very type
+            raise UserError(f"tokenizer={str(directory)!r}: {path.name} cannot be read ({error})") from None
 
     def structural(self, text: str) -> str | None:
         """A token in `text` that would forge a turn or a picture, which training refuses; None when there is none."""

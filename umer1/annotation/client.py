@@ -4,6 +4,7 @@ import email.utils
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 import time
@@ -170,11 +171,11 @@ def seconds_of(retry_after: str | None) -> float | None:
     """A Retry-After header, seconds or a date, as seconds from now; None for none or nonsense."""
     if retry_after is None:
         return None
-    if retry_after.strip().isdigit():
+    if re.fullmatch(r"\s*[0-9]+\s*", retry_after):
         return float(retry_after)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # a year that no clock has
         return None
 
 

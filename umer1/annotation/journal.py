@@ -63,9 +63,13 @@ class Journal:
 
     def _write(self, content: bytes) -> None:
         view = memoryview(content)
-        while view:
-            view = view[os.write(self._fd, view) :]
-        os.fsync(self._fd)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+        except OSError:  # a full disk: half a line must not stand before what a last try appends
+            os.ftruncate(self._fd, self._end)
+            raise
 
     def _note(self, key: bytes, entry: Answer | Refused, offset: int, length: int) -> None:
         self._places[key] = (offset, length)

@@ -10,13 +10,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from umer1.atomic_directory import aside_path, publish
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import FORMATS, MAX_FILE_BYTES, MediaRoot
-from umer1.data.video_files import MAX_VIDEO_BYTES, is_video_file, sample_frames
+from umer1.data.video_files import MAX_VIDEO_BYTES, frame_places, is_video_file, sample_frames
 from umer1.files import atomic_path
 
 _LEFT_SECONDS = 3600.0  # after which an unfinished folder is a killed run's
@@ -51,19 +50,19 @@ class Library:
             return self._frames_of_file(relative)
         try:
             names = sorted(filter(_is_frame, os.listdir(self.media.resolve(relative))), key=_natural)
-        except OSError as error:
-            raise BadSample("missing_file", f"{relative!r} is no folder of frames: {error.strerror}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file system has
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise BadSample("missing_file", f"{relative!r} is no folder of frames: {reason}") from None
         if not names:
             raise BadSample("missing_file", f"{relative!r} holds no frames")
-        if len(names) > self.num_frames:
-            names = [names[i] for i in np.linspace(0, len(names) - 1, self.num_frames).round().astype(int)]
-        return tuple(f"{relative}/{name}" for name in names)
+        return tuple(f"{relative}/{names[place]}" for place in frame_places(len(names), self.num_frames))
 
     def _frames_of_file(self, relative: str) -> tuple[str, ...]:
         """Frames of a video file as pictures, decoded and written once, in a folder named by path, size and number."""
         with self.media.open_file(relative, MAX_VIDEO_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(f"{relative}\0{size}\0{self.num_frames}".encode()).hexdigest()
+        identity = f"{relative}\0{size}\0{self.num_frames}".encode("utf-8", "surrogatepass")
+        digest = hashlib.sha256(identity).hexdigest()
         folder = f"{self.folder}/{digest[:2]}/{digest}"
         path = Path(self.media.root, folder)
         if not path.exists():

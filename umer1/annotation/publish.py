@@ -159,7 +159,8 @@ class _Shards:
         if self._file is None or self._held == self.size:
             self.close()
             self.paths.append(self.folder / f"sft-{len(self.paths):05d}.jsonl")
-            self._file, self._held = open(self.paths[-1], "w", encoding="utf-8"), 0
+            # half a surrogate pair, which a file's name may hold, stays the escape that it was
+            self._file, self._held = open(self.paths[-1], "w", encoding="utf-8", errors="backslashreplace"), 0
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._held += 1
 

@@ -80,7 +80,7 @@ def _parquet_rows(file: Path) -> Iterator[dict]:
         with pyarrow.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no whole parquet file: {error}") from None
 
 
@@ -135,7 +135,7 @@ class _Row:
         defaults = _TEXTS.get(self.item.layout, ("", ""))
         sides = []
         for name, side, own, default in zip(("query", "positive"), (query, positive), words, defaults, strict=True):
-            text = f"{default if own is None else own}\n{side.text}".strip()
+            text = _clean(f"{default if own is None else own}\n{side.text}")
             if not text and not side.images and not side.videos:
                 raise BadSample("bad_record", f"the {name} has neither text nor media")
             sides.append(Side(text, side.images, side.videos))

@@ -1,6 +1,7 @@
 """The teacher of `umer1 annotate`: where it is, what it is asked, and how patiently."""
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,8 @@ class TeacherConfig:
             found += self._serving_violations()
         if self.endpoint and (problem := _endpoint_problem(self.endpoint)):
             found.append(f"endpoint={self.endpoint!r} {problem}; use http[s]://HOST[:PORT]/v1")
-        if self.api_key_env and not os.environ.get(self.api_key_env):
-            found.append(f"api_key_env={self.api_key_env}: that environment variable is not set")
+        if self.api_key_env:
+            found += _key_problem(self.api_key_env)
         least = {"max_answer_tokens": 1, "max_image_pixels": 784, "max_frame_pixels": 784, "max_source_pixels": 1}
         least |= {"concurrency": 1, "max_attempts": 1, "stop_after_failures": 1}
         found += [
@@ -121,11 +122,24 @@ class TeacherConfig:
         return found
 
 
+def _key_problem(name: str) -> list[str]:
+    """The key itself is in no message."""
+    key = os.environ.get(name)
+    if not key:
+        return [f"api_key_env={name}: that environment variable is not set"]
+    if not re.fullmatch("[!-~]+", key):
+        return [f"api_key_env={name}: that variable holds what no header can carry (a line break, a blank, ...)"]
+    return []
+
+
 def _endpoint_problem(endpoint: str) -> str | None:
     try:
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             return "is no address"
+        parts.hostname.encode("idna")
+        if not re.fullmatch("[!-~]*", parts.path):
+            return "has a path that is not plain ASCII; write it percent-encoded"
         if parts.username or parts.password:
             return "holds a password; name a variable with --api-key-env instead"
         return "must have no ? and no #" if parts.query or parts.fragment else None

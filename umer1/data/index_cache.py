@@ -9,13 +9,13 @@ import json
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from umer1.data.arrays import read_arrays
 from umer1.data.indexing import FileIndex, index_file
 from umer1.files import atomic_path
 from umer1.progress import Progress
@@ -87,13 +87,13 @@ def _identity(path: Path, name_keys: tuple[str, ...]) -> dict:
 def _load(path: Path, name_keys: tuple[str, ...]) -> FileIndex | None:
     """The kept index; None where there is none, or it is damaged or of something else."""
     try:
-        with np.load(index_path(path), allow_pickle=False) as file:
-            about = json.loads(file["about"].tobytes())
-            names = tuple(about.pop("names"))
-            if about != _identity(path, name_keys):
-                return None
-            found = FileIndex(file["starts"], file["lengths"], file["name_ids"], names)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        arrays = read_arrays(index_path(path))
+        about = json.loads(arrays["about"].tobytes())
+        names = tuple(about.pop("names"))
+        if about != _identity(path, name_keys):
+            return None
+        found = FileIndex(arrays["starts"], arrays["lengths"], arrays["name_ids"], names)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     whole = len(found.starts) == len(found.lengths) == len(found.name_ids) > 0
     return found if whole and found.name_ids.max() < len(names) else None

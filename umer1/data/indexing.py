@@ -189,6 +189,7 @@ class _Window:
         try:
             more = self.decoder.decode(chunk, final=self.ended)
         except UnicodeDecodeError as error:
+            self.text += error.object[: error.start].decode("utf-8")
             raise self.error(f"is not UTF-8: {error.reason}", len(self.text)) from None
         self.text, self.at = self.text[self.at :] + more, 0
         return True

@@ -138,6 +138,8 @@ def _check(media: MediaRoot, relative: str, stream: Any, total: int, num_frames:
             f"{MAX_VIDEO_SECONDS} s",
         )
     pixels = stream.width * stream.height
+    if not total or not pixels:
+        raise BadSample("corrupt_video", f"{relative!r} holds no frame: {total} of {stream.width} x {stream.height}")
     if pixels > media.max_source_pixels:
         raise BadSample(
             "too_many_pixels",

@@ -4,12 +4,12 @@ One `TASK.npz` per task, plain arrays and no Python objects (texts are arrays of
 all.  Embeddings keep their bits, so that scores from a file equal those of the run that wrote it.
 """
 
-import zipfile
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
+from umer1.data.arrays import read_arrays
 from umer1.errors import UserError
 from umer1.evaluation.modes import AdaptiveTiming, GenOutputs, ModeEmbeddings, TaskOutputs
 from umer1.files import atomic_path
@@ -54,12 +54,11 @@ def save_outputs(outputs: TaskOutputs, path: str | Path) -> None:
 def load_outputs(path: str | Path) -> TaskOutputs:
     """The outputs that `save_outputs` wrote; UserError naming the file where it is damaged or of another format."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = read_arrays(path)
         if int(arrays["format"]) != FORMAT:
             raise ValueError(f"format {arrays['format']}, this version reads {FORMAT}")
         return _outputs(arrays)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not the stored outputs of a task ({error}); run the evaluation again") from None
 
 

@@ -182,4 +182,9 @@ def _versions(run: TrainingRun | None) -> list[str]:
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A data set may be called anything."""
+    return " ".join(text.splitlines()).replace("|", "\\|")

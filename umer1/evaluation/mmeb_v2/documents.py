@@ -7,6 +7,7 @@ may be numbers; names of candidates are their texts.  A page is `{corpus-id}.png
 
 import hashlib
 import io
+import math
 import os
 from typing import Any
 
@@ -116,8 +117,10 @@ def _relevant(qrels: Annotation) -> dict[str, dict[str, float]]:
         query, page = str(row["query-id"]), str(row["corpus-id"])
         try:
             score = float(row["score"])
-        except (TypeError, ValueError):
-            raise UserError(f"{qrels.files[0]}: score must be a number, not {row['score']!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise UserError(f"{qrels.files[0]}: score must be a number, not {row['score']!r:.80}")
         if score > 0:
             pages = found.setdefault(query, {})
             pages[page] = max(pages.get(page, 0.0), score)
@@ -144,7 +147,8 @@ def _path(spec: TaskSpec, tree: MediaTree, folders: tuple[str, ...], name: str) 
 def _short(name: str) -> str:
     """The reference's file name for VisRAG's long ids: 50 letters, 8 of the MD5, the ending."""
     base, ending = os.path.splitext(name)
-    return f"{base[:50]}_{hashlib.md5(name.encode()).hexdigest()[:8]}{ending}"
+    digest = hashlib.md5(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{base[:50]}_{digest[:8]}{ending}"
 
 
 def _extract(corpus: Annotation, wanted: dict[str, str], tree: MediaTree) -> None:

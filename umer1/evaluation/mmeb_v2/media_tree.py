@@ -63,7 +63,7 @@ class MediaTree:
         """When a folder's list of names changed last; None where there is no such folder."""
         try:
             return os.stat(self.media.resolve(folder) if folder else self.root).st_mtime_ns
-        except (BadSample, OSError):
+        except (BadSample, OSError, ValueError):  # ValueError: a name that no file system has
             return None
 
     def has_file(self, path: str) -> bool:
@@ -90,7 +90,7 @@ class MediaTree:
         The places are numpy's linspace from the first to the last frame, cut to integers, as the reference has them.
         """
         folder = clean(folder)
-        names = [name for name in self.files(folder) if name.lower().endswith(FRAME_NAMES)]
+        names = [name for name in self.files(folder) if name.lower().endswith(FRAME_NAMES)] if folder else []
         if num_frames is not None and num_frames <= len(names):
             names = [names[place] for place in np.linspace(0, len(names) - 1, num_frames, dtype=int)]
         return tuple(f"{folder}/{name}" for name in names)
@@ -134,7 +134,7 @@ class MediaTree:
                     if entry.is_symlink() and not self._inside(f"{folder}/{entry.name}" if folder else entry.name):
                         continue
                     (folders if entry.is_dir() else files).add(entry.name)
-        except (BadSample, OSError):
+        except (BadSample, OSError, ValueError):
             pass  # no such folder, or none that may be read: it holds nothing, and its files are reported as missing
         return files, folders
 

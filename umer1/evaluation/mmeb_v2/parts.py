@@ -7,12 +7,12 @@ Plain arrays and JSON, each file whole or not at all.
 
 import json
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from umer1.data.arrays import read_arrays
 from umer1.errors import UserError
 from umer1.files import atomic_path
 from umer1.inference.inputs import BadInput
@@ -79,13 +79,13 @@ class Parts:
 
     def _read(self, path: Path) -> Done:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                positions, embeddings = file["positions"].tolist(), file["embeddings"]
-                records = json.loads(file["records"].tobytes())
+            arrays = read_arrays(path)
+            positions, embeddings = arrays["positions"].tolist(), arrays["embeddings"]
+            records = json.loads(arrays["records"].tobytes())
             if records["identity"] != self.identity:
                 raise ValueError("it is of another version of the data, or of other inputs")
             rows = zip(positions, records["ids"], embeddings, records["responses"], strict=True)
             bad = [BadInput(**entry) for entry in records["bad"]]
             return Done([Encoded(*row) for row in rows], bad, float(records["seconds"]))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a part of this work ({error}); remove {path.parent}") from None

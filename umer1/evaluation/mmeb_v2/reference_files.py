@@ -10,6 +10,7 @@ Files without modes in their names (D_qry, D_tgt, D_info.jsonl, ...), as models 
 """
 
 import json
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _info(query: Query) -> dict[str, Any]:
 def _query(path: Path, line: dict[str, Any], names: str, label: str) -> Query:
     labels = line[label] if isinstance(line[label], list) else [line[label]]
     scores = line.get("rel_scores")
-    if not isinstance(line[names], list) or (scores is not None and len(scores) != len(labels)):
+    if not isinstance(line[names], list) or not (scores is None or _are_numbers(scores, len(labels))):
         raise UserError(f"{path}: {names} must be a list, and rel_scores one number for each label")
     return Query(
         Item(""),
@@ -140,10 +141,15 @@ def _query(path: Path, line: dict[str, Any], names: str, label: str) -> Query:
     )
 
 
+def _are_numbers(values: Any, count: int) -> bool:
+    numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return numbers and len(values) == count and all(map(math.isfinite, values))
+
+
 def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     bad = [number for number, line in enumerate(lines, 1) if not isinstance(line, dict) or not set(keys) <= set(line)]
     if bad or not lines:

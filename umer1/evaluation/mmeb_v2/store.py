@@ -46,7 +46,7 @@ class Store:
     def has(self, side: Side) -> bool:
         """Whether the side is finished; UserError where it is, but for other inputs."""
         path = self._record_path(side.name)
-        if not path.exists():
+        if not path.exists() or not self.vectors_path(side.name).exists():
             return False
         if self._record(side.name)["identity"] != side.identity:
             raise UserError(

@@ -150,20 +150,20 @@ def _parquet(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Ite
             wanted = [*columns, *(name for name in optional if name in have)]
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=wanted):
                 yield batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} cannot be read as parquet: {error}") from None
 
 
 def _json(file: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
     """JSON lines, or one JSON list, whichever the file is: both endings are used for both."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         rows = (
             json.loads(text)
             if text.lstrip().startswith("[")
             else [json.loads(s) for s in text.split("\n") if s.strip()]
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
