@@ -18,7 +18,7 @@ from umer1.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
 PACKAGES = ("torch", "triton", "megatron-core", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "inf-cl")
-PACKAGES += ("transformer-engine",)
+PACKAGES += ("transformer-engine", "faiss-cpu")
 
 
 def describe_machine() -> dict[str, Any]:

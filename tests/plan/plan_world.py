@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from umer1.checkpoints.shards import ShardTaker
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
 from umer1.models.qwen2_vl.weights import unwrap
@@ -56,6 +57,7 @@ def _held(config: Qwen2VLConfig, layout: dict[str, Any], model: ModelConfig) -> 
         ]
         updated = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         buffers = [buffer for each in models for buffer in each.buffers]
+        snapshot = ShardTaker(state).take(models, optimizer, copy=True)
         dtype = model.params_dtype
         return {
             "stage": state.pp_rank,
@@ -74,5 +76,6 @@ def _held(config: Qwen2VLConfig, layout: dict[str, Any], model: ModelConfig) -> 
                 if not (distributed and tensor.requires_grad)
             ),
             "moment_bytes": sum(tensor.nbytes for tensor in moments),
+            "snapshot_bytes": sum(each.data.nbytes for tensors in snapshot.tensors.values() for each in tensors),
             "main_bytes": 4 * updated if dtype == torch.bfloat16 else 0,
         }

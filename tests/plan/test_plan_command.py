@@ -77,8 +77,28 @@ def test_an_offloaded_optimizer_is_in_host_memory(capsys):
     trained = moved["parameters"]["trained"]
     parts = [plan["memory"]["fullest"][0]["parts"] for plan in (moved, whole)]
     assert parts[0].get("optimizer states", 0) == 0 and parts[1]["optimizer states"] == 12 * trained
-    assert (moved["host_bytes"], whole["host_bytes"]) == (16 * trained, 0)
+    assert (moved["host_bytes"], whole["host_bytes"]) == ({"the optimizer": 16 * trained}, {})
     assert moved["seconds_per_step"]["all"] > whole["seconds_per_step"]["all"]
+
+
+def test_the_reference_and_a_snapshot_are_in_host_memory(capsys):
+    config = CONFIGS / "qwen2_vl_2b_grpo_8xh100.yaml"
+    flags = ["grpo", "--config", str(config), "--shape", "qwen2-vl-2b", "--world-size", "8", "--async-save"]
+    plan = run_json(capsys, *flags)
+    reference, snapshot = plan["host_bytes"].values()
+    trained, frozen = plan["parameters"]["trained"], plan["parameters"]["frozen"]
+    assert reference == 2 * trained
+    share = (14 * trained + 2 * frozen) / 8
+    assert share <= snapshot < 1.2 * share, "one rank of eight writes about an eighth"
+    assert list(run_json(capsys, *flags, "--beta", "0", "--no-async-save")["host_bytes"]) == []
+
+
+def test_no_mfu_under_fp8(capsys):
+    flags = ["sft", "--shape", "qwen2-vl-2b", "--bf16", "--world-size", "8", "--recompute-granularity", "full"]
+    for further, quoted in ([], True), (["--fp8-format", "hybrid"], False):
+        command.main([*flags, *further])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "model TFLOP/s a device" in line]
+        assert ("MFU" in line) is quoted
 
 
 def test_a_run_that_does_not_fit(capsys):

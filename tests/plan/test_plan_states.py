@@ -1,9 +1,11 @@
 """The plan's parameters, gradient buffers and optimizer states against megatron's real objects, to the byte."""
 
+import pytest
 from plan_world import held, tiny_shape
 
 from umer1.distributed.parallel import ParallelConfig
 from umer1.plan.buffers import state_bytes
+from umer1.plan.host import snapshot_bytes
 from umer1.plan.parameters import stage_parameters
 from umer1.plan.shapes import SHAPES
 from umer1.testing import run_distributed
@@ -25,8 +27,14 @@ CASES = [
 ]
 
 
-def test_states_are_the_real_ones():
-    for rank, found in enumerate(run_distributed(held, 2, CASES)):
+@pytest.fixture(scope="module")
+def ranks():
+    """For each of two ranks what it holds in each case."""
+    return run_distributed(held, 2, CASES)
+
+
+def test_states_are_the_real_ones(ranks):
+    for rank, found in enumerate(ranks):
         for (config, layout, model), real in zip(CASES, found, strict=True):
             where = f"{layout} {model.params_dtype}, rank {rank}"
             parallel = ParallelConfig(**layout)
@@ -46,6 +54,22 @@ def test_states_are_the_real_ones():
             got = (states.parameters, states.gradients, states.main_weights, states.moments)
             names = ("parameter_bytes", "gradient_bytes", "main_bytes", "moment_bytes")
             assert dict(zip(names, got, strict=True)) == {name: real[name] for name in names}, where
+
+
+def test_snapshots_are_the_real_ones(ranks):
+    """Of each stage the data-parallel rank that copies most, to the byte."""
+    for number, (config, layout, model) in enumerate(CASES):
+        parallel, real = ParallelConfig(**layout), [found[number] for found in ranks]
+        for stage in {each["stage"] for each in real}:
+            planned = snapshot_bytes(
+                stage_parameters(config, parallel, stage, model.train_vision),
+                stage=stage,
+                dp=real[0]["dp"],
+                itemsize=model.params_dtype.itemsize,
+                distributed=parallel.use_distributed_optimizer,
+            )
+            most = max(each["snapshot_bytes"] for each in real if each["stage"] == stage)
+            assert planned == most, f"{layout} {model.params_dtype}, stage {stage}"
 
 
 def _global(real: list[tuple], planned: list[tuple]) -> list[tuple]:

@@ -6,6 +6,7 @@ from typing import Any
 from umer1.distributed.parallel import ParallelConfig
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.plan.hardware import find_hardware
+from umer1.plan.host import host_bytes
 from umer1.plan.parameters import stage_parameters
 from umer1.plan.rollouts import Rollouts, plan_rollouts
 from umer1.plan.settings import PlanConfig
@@ -62,6 +63,13 @@ class Plan:
         taken = self.rollouts.device_bytes if self.rollouts else 0
         setup = self.setup
         return max(setup.states(stage).total + setup.fp8_weights(stage) for stage in stages) + taken
+
+    @property
+    def host(self) -> dict[str, int]:
+        """What -> bytes in host memory, for a rank of the stage that takes most."""
+        return max(
+            (host_bytes(self.setup, stage) for stage in range(self.setup.layout.pp)), key=lambda p: sum(p.values())
+        )
 
     def problems(self) -> list[str]:
         """Why the run would not fit, with what to change."""

@@ -40,7 +40,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "pipeline_bubble": plan.work.bubble,
         "seconds_per_step": {"training": plan.train_seconds, "all": plan.seconds},
         "rollouts": None if plan.rollouts is None else asdict(plan.rollouts),
-        "host_bytes": max(setup.states(stage).host for stage in range(layout.pp)),
+        "host_bytes": plan.host,
         "largest_micro_batch": plan.largest_micro_batch,
         "least_recomputation": plan.least_recomputation,
         "global_batch_multiple_of": plan.batch_step,
@@ -155,9 +155,9 @@ def _memory_table(plan: Plan) -> str:
         what = "responses" if plan.rollouts is not None else "pairs"
         table.append(f"  largest micro-batch that fits: {plan.largest_micro_batch} {what} of the assumed size")
         table.append(f"  least recomputation that fits with the fullest: {_recomputation(plan)}")
-    host = max(plan.setup.states(stage).host for stage in range(plan.setup.layout.pp))
-    if host:
-        table.append(f"  in host memory for each rank: {host / GIB:.1f} GiB of the optimizer")
+    if plan.host:
+        parts = ", ".join(f"{size / GIB:.1f} GiB of {what}" for what, size in plan.host.items())
+        table.append(f"  in host memory for each rank: {parts}")
     return "\n".join(table)
 
 
@@ -174,10 +174,10 @@ def headline(plan: Plan) -> str:
     setup, engine = plan.setup, ""
     if plan.rollouts is not None and plan.rollouts.engine == "vllm":
         engine = f" ({plan.rollout_bytes / GIB:.0f} GiB while vLLM generates)"
-    host = max(setup.states(stage).host for stage in range(setup.layout.pp)) / GIB
+    host = sum(plan.host.values()) / GIB
     beside = f" and {host:.0f} GiB of the host's" if host else ""
     return (
-        f"{setup.world_size} x {setup.hardware.name}: {plan.peak_bytes / GIB:.0f} GiB of each{beside}{engine}, "
+        f"{setup.world_size} x {setup.hardware.name}: {plan.peak_bytes / GIB:.0f} GiB of each{engine}{beside}, "
         f"{plan.seconds:.1f} s a step; estimated by `umer1 plan`, not measured."
     )
 
@@ -194,11 +194,11 @@ def _speed(plan: Plan) -> str:
         rows["time"] = f"not estimated: no data sheet for {plan.setup.hardware.name}"
         return _rows("Speed", rows)
     steps = plan.setup.config.optimizer.train_iters
-    peak, rate = plan.setup.hardware.bf16_flops * plan.setup.world_size, work.tokens / plan.seconds
+    rate, flops = work.tokens / plan.seconds, work.model / plan.seconds / plan.setup.world_size
     rows |= {
         "seconds a step": f"{plan.seconds:.2f}" + _phases(plan),
         "tokens/s": f"{rate:,.0f} ({rate / plan.setup.world_size:,.0f} a device)",
-        "MFU": f"{100 * work.model / peak / plan.seconds:.0f}% of the whole step",
+        "model TFLOP/s a device": f"{flops / 1e12:.0f}" + _mfu(plan, flops),
         "days": f"{plan.seconds * steps / 86400:.2f} for {steps} steps",
     }
     response = settings.rollout_tokens if plan.rollouts else settings.response_tokens
@@ -211,6 +211,13 @@ def _speed(plan: Plan) -> str:
         "not counted": "reading data, evaluation, checkpoints, collectives that nothing hides",
     }
     return _rows("Speed (estimated, not measured)", rows)
+
+
+def _mfu(plan: Plan, flops: float) -> str:
+    """As in the training log: FP8's products have another peak, and not all are in FP8."""
+    if plan.setup.config.fp8.fp8_format is not None:
+        return ", over the whole step"
+    return f", MFU {100 * flops / plan.setup.hardware.bf16_flops:.0f}% over the whole step"
 
 
 def _phases(plan: Plan) -> str:

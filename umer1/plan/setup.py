@@ -14,7 +14,7 @@ from umer1.plan.buffers import StateBytes, offloaded, state_bytes
 from umer1.plan.fp8 import weight_bytes
 from umer1.plan.hardware import Hardware
 from umer1.plan.layout import Layout
-from umer1.plan.parameters import stage_parameters
+from umer1.plan.parameters import Parameter, stage_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,18 +58,20 @@ class Setup:
         ranks = self.parallel.tensor_model_parallel_size if self.parallel.sequence_parallel else 1
         return self.config.fp8.token_multiple(ranks)
 
+    def chunks(self, stage: int) -> list[list[Parameter]]:
+        """What a rank of pipeline stage `stage` holds of the model, a list a virtual stage."""
+        return stage_parameters(self.model, self.parallel, stage, self.config.model.train_vision)
+
     def states(self, stage: int, dp_rank: int = 0) -> StateBytes:
         """What stays from step to step on a rank of pipeline stage `stage`."""
-        chunks = stage_parameters(self.model, self.parallel, stage, self.config.model.train_vision)
         states = state_bytes(
-            chunks, self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
+            self.chunks(stage), self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
         )
         return offloaded(states, device=self.device) if self.config.optimizer.optimizer_cpu_offload else states
 
     def fp8_weights(self, stage: int) -> int:
         """What the FP8 copies of a rank's matrices take beside its weights."""
-        chunks = stage_parameters(self.model, self.parallel, stage, self.config.model.train_vision)
-        return weight_bytes(self.config.fp8, chunks, self.model.num_layers)
+        return weight_bytes(self.config.fp8, self.chunks(stage), self.model.num_layers)
 
     @property
     def vision_ranks(self) -> int:
