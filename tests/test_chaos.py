@@ -1,13 +1,16 @@
 """`make chaos` itself: what it writes, and that a scenario that fails cannot look like one that passed."""
 
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 import chaos
 import place
+import scenarios
 
 ROW = place.Row("a rank killed", 7, 7, "same weights", 1.25)
 
@@ -61,3 +64,51 @@ def test_what_differs_is_found(tmp_path):
     for name, message in (("weights", "1 tensors differ"), ("curve", "curve differs")):
         with pytest.raises(AssertionError, match=message):
             place.assert_same_end(tmp_path / name, tmp_path / "want")
+
+
+class Started:
+    """Stands for a run that makes steps and, with the flags of `saves`, always has a checkpoint in the making."""
+
+    output = f"{place.STEP} " * 9
+    process = SimpleNamespace(pid=0, returncode=1)
+
+    def __init__(self, folder: Path, flags: tuple[str, ...], saves: set[tuple[str, ...]]):
+        self.log = folder / "log-0.txt"
+        for left in folder.glob("run/.*"):
+            left.rmdir()
+        if flags in saves:
+            (folder / "run" / ".tmp-iter_0000002-0123456789ab").mkdir(parents=True)
+
+    def wait_until(self, condition, **_):
+        return condition()
+
+    def ended(self):
+        return False
+
+    def ranks(self):
+        return [0]
+
+    workers = ranks
+
+    def finish(self, **_):
+        return "resumed at iteration 2"
+
+
+def test_kills_meet_saves_in_the_step_and_in_the_background(tmp_path, monkeypatch):
+    """By turns; a run of kills that never met one of them has not shown what its row would say."""
+    started = []
+
+    def sft(folder, iterations, *flags, saves=((), scenarios.BACKGROUND)):
+        started.append(flags)
+        return Started(folder, flags, set(saves))
+
+    monkeypatch.setattr(scenarios.os, "kill", lambda pid, number: None)
+    monkeypatch.setattr(scenarios, "assert_same_end", lambda folder, want: "the same")
+    some = SimpleNamespace(root=tmp_path, kills=10, rng=random.Random(0), say=lambda words: None, sft=sft)
+    some.undisturbed, some.until_ended, some.take_longest = (lambda *_: tmp_path), (lambda run: None), (lambda: 1.0)
+    row = scenarios.processes_killed(some)
+    assert started[:10] == [(), ("--async-save",)] * 5
+    assert (row.faults, row.end) == (10, "the same") and "5 saves in the step and 5 in the background" in row.what
+    some.sft = lambda *given: sft(*given, saves=[()])
+    with pytest.raises(AssertionError, match=r"in the background: \[5, 0\]"):
+        scenarios.killed(some, ("rank",), "a rank", 10)

@@ -1,6 +1,6 @@
 """Disturb real training runs in every way that clusters do, and write what came of it into docs/reliability.md.
 
-make chaos                                             # all scenarios, 50 kills in the first: half an hour on 2 cores
+make chaos                                             # all scenarios, 50 kills in the first: 20 minutes on 2 cores
 .venv/bin/python tests/chaos/chaos.py --only full-disk # one scenario, its row printed
 """
 

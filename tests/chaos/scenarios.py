@@ -18,17 +18,26 @@ from place import STEP, Place, Row, assert_same_end, largest_error
 
 STALL_SECONDS = 5.0
 SLOW_SECONDS = 0.3  # of each fsync on the slow disk
+BACKGROUND = ("--async-save",)
 
 
-def disturb(place: Place, run: Program, kind: str) -> bool:
-    """One SIGKILL; False where the run came to its end before."""
+def flags_of(number: int) -> tuple[str, ...]:
+    """Every second start of a run saves in the background."""
+    return BACKGROUND if number % 2 else ()
+
+
+def unfinished(run: Program) -> list[Path]:
+    """The folder of a checkpoint that is being put together, if there is one."""
+    return list(run.log.parent.glob("run/.tmp-iter_*"))
+
+
+def disturb(place: Place, run: Program, kind: str) -> bool | None:
+    """One SIGKILL; whether a checkpoint was being written at that moment.  None: the run came to its end before."""
     steps = place.rng.randint(1, 4)
     if not run.wait_until(lambda: run.output.count(STEP) >= steps, pause=0.01):
-        return False
-    if kind == "save":
-        saving = lambda: list(run.log.parent.glob("run/.*"))  # noqa: E731
-        if not run.wait_until(saving, pause=0):
-            return False
+        return None
+    if kind == "save" and not run.wait_until(lambda: unfinished(run), pause=0):
+        return None
     time.sleep(place.rng.uniform(0, 0.03))
     if kind in ("rank", "save"):
         targets = run.ranks()
@@ -37,34 +46,40 @@ def disturb(place: Place, run: Program, kind: str) -> bool:
     else:
         targets = [run.process.pid]
     if run.ended() or not targets:
-        return False
+        return None
+    saving = bool(unfinished(run))
     os.kill(place.rng.choice(targets), signal.SIGKILL)
-    return True
+    return saving
 
 
 def killed(place: Place, kinds: tuple[str, ...], what: str, kills: int, steps_per_kill: int = 4) -> Row:
     """`kills` runs lose one process each; the next one goes on."""
     iterations = steps_per_kill * kills + 4
     want, folder = place.undisturbed(iterations, 2), place.root / "-".join(kinds)
-    done = 0
+    done, cut_short = 0, [0, 0]
     while done < kills:
-        run = place.sft(folder, iterations)
-        if not disturb(place, run, kinds[done % len(kinds)]):
+        run = place.sft(folder, iterations, *flags_of(done))
+        saving = disturb(place, run, kinds[done % len(kinds)])
+        if saving is None:
             run.finish()
             break
+        cut_short[done % 2] += saving
         place.until_ended(run)
         assert run.process.returncode != 0, f"a run that lost a process says that it succeeded: {run.log}"
         done += 1
         place.say(f"{what}: {done} of {kills}")
     assert done >= 0.6 * kills, f"the run ended after {done} of {kills} kills; make it longer"
+    assert all(cut_short), f"kills during saves in the step and in the background: {cut_short}; kill more often"
     if done == kills:
         assert "resumed at iteration" in place.sft(folder, iterations).finish(seconds=1800)
+    what += f"; during {cut_short[0]} saves in the step and {cut_short[1]} in the background"
     return Row(what, done, done, assert_same_end(folder, want), place.take_longest())
 
 
 def processes_killed(place: Place) -> Row:
+    # Five kinds, and saves in the step and in the background by turns: all pairs come up.
     kinds = ("rank", "save", "launcher", "worker", "save")
-    return killed(place, kinds, "SIGKILL of a rank (also in mid-save), of torchrun or of a data worker", place.kills)
+    return killed(place, kinds, "SIGKILL of a rank, of torchrun or of a data worker", place.kills)
 
 
 def other_world_sizes(place: Place) -> Row:
@@ -74,7 +89,7 @@ def other_world_sizes(place: Place) -> Row:
     want, folder = place.undisturbed(iterations, 2), place.root / "layouts"
     faults = 0
     for flags, processes in layouts:
-        run = place.sft(folder, iterations, *flags.split(), processes=processes)
+        run = place.sft(folder, iterations, *flags.split(), *flags_of(faults), processes=processes)
         if not run.wait_until(lambda run=run: run.output.count(STEP) >= 4, pause=0.01):
             break
         for pid in run.members():
@@ -120,18 +135,23 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def full_disk(place: Place) -> Row:
+def full_disk(place: Place, *flags: str) -> Row:
     iterations = 24
-    want, folder = place.undisturbed(iterations, 2), place.root / "full"
+    want, folder = place.undisturbed(iterations, 2), place.root / "".join(["full", *flags])
     one = max(sum(file.stat().st_size for file in save.rglob("*")) for save in (want / "run").glob("iter_*"))
     with small_disk(folder, int(2.5 * one)) as resize:
-        run = place.sft(folder, iterations)
+        run = place.sft(folder, iterations, *flags)
         place.until_ended(run)
         assert run.process.returncode != 0 and "could not be written" in run.output, run.output[-3000:]
         resize(40 * one)
-        assert "resumed at iteration" in place.sft(folder, iterations).finish()
+        assert "resumed at iteration" in place.sft(folder, iterations, *flags).finish()
         end = assert_same_end(folder, want)
-    return Row("The disk is full at a save; more space, started again", 1, 1, end, place.take_longest())
+    what = f"The disk is full at a save{in_words(flags)}; more space, started again"
+    return Row(what, 1, 1, end, place.take_longest())
+
+
+def in_words(flags: tuple[str, ...]) -> str:
+    return f" (`{' '.join(flags)}`)" if flags else ""
 
 
 @contextlib.contextmanager
@@ -185,27 +205,32 @@ def permission_denied(place: Place) -> Row:
     return refused(place, "permission", no_permission, "Permission denied", what, under=_MORTAL)
 
 
-def slow_disk(place: Place) -> Row:
+def slow_disk(place: Place, *flags: str) -> Row:
+    """The moments lie anywhere in a save: a dozen or more calls of fsync, one after the other."""
     iterations, kills = 24, 5
-    want, folder = place.undisturbed(iterations, 1), place.root / "slow"
+    want, folder = place.undisturbed(iterations, 1), place.root / "".join(["slow", *flags])
     delay = f"inject=fsync:delay_enter={int(SLOW_SECONDS * 1e6)}"
     under = ("strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", "trace=fsync", "-e", delay)
-    done = 0
+    done, beside = 0, 0
     for _ in range(kills):
-        run = place.sft(folder, iterations, processes=1, under=under)
-        had = len(list(folder.glob("run/iter_*")))
-        saved = lambda had=had: len(list(folder.glob("run/iter_*"))) > had or list(folder.glob("run/.*"))  # noqa: E731
-        if not run.wait_until(saved, pause=0.001):
+        run = place.sft(folder, iterations, *flags, processes=1, under=under)
+        if not run.wait_until(lambda run=run: unfinished(run), pause=0.001):
             break
-        time.sleep(place.rng.uniform(0, 4 * SLOW_SECONDS))
+        writing, before = unfinished(run), run.output.count(STEP)
+        time.sleep(place.rng.uniform(0, 12 * SLOW_SECONDS))
         if run.ended():
             break
+        if unfinished(run) == writing:
+            beside += run.output.count(STEP) - before
         run.kill()
         place.until_ended(run)
         done += 1
     assert done >= 3, f"the run ended after {done} kills; make it longer"
-    place.sft(folder, iterations, processes=1).finish()
-    what = f"Each fsync takes {SLOW_SECONDS:g} s more; everything killed while it saves"
+    place.sft(folder, iterations, *flags, processes=1).finish()
+    what = f"Each fsync takes {SLOW_SECONDS:g} s more{in_words(flags)}; everything killed while it saves"
+    if flags:
+        assert beside, f"no step was made while a checkpoint was written in the background: {folder}"
+        what += f" and trains on ({beside} steps)"
     return Row(what, done, done, assert_same_end(folder, want), place.take_longest())
 
 
@@ -216,7 +241,7 @@ def grpo_killed(place: Place) -> Row:
     Run(setting, place.root / "grpo-undisturbed", *flags).finish(seconds=1800)
     folder, done = place.root / "grpo", 0
     while done < kills:
-        run = Run(setting, folder, *flags)
+        run = Run(setting, folder, *flags, *(word for flag in flags_of(done) for word in (flag, "")))
         steps = place.rng.randint(1, 4)
         if not run.wait_until(lambda run=run, steps=steps: run.output.count(STEP) >= steps, pause=0.01):
             break
@@ -259,9 +284,11 @@ SCENARIOS = {
     "layouts": other_world_sizes,
     "stalled": stalled_rank,
     "full-disk": full_disk,
+    "full-disk-async": lambda place: full_disk(place, *BACKGROUND),
     "read-only": read_only_disk,
     "permission": permission_denied,
     "slow-disk": slow_disk,
+    "slow-disk-async": lambda place: slow_disk(place, *BACKGROUND),
     "grpo": grpo_killed,
     "engine": engine_killed,
 }
