@@ -29,6 +29,13 @@ def main(argv: list[str]) -> None:
 
         convert(["--from-checkpoint", str(given.path), "--to-hf", given.to_hf])
         return
+    try:
+        _look_at(given)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
+def _look_at(given: argparse.Namespace) -> None:
     paths = layout.newest_first(given.path)
     if not paths:
         raise UserError(f"{given.path} is no checkpoint and holds none (an iter_* directory with {layout.MANIFEST})")
@@ -68,7 +75,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _list(place: Path, paths: list[Path], as_json: bool) -> None:
-    entries = [entry(path) for path in paths]
+    entries = [found for found in map(entry, paths) if not _is_gone(found.path, found.problem)]
     if as_json:
         print(json.dumps([found.summary() for found in entries], indent=2))
         return
@@ -95,14 +102,21 @@ def _words(found: Entry) -> str:
 def _verify(paths: list[Path], as_json: bool) -> int:
     found = []
     for path in paths:
-        total = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        progress = Progress(f"umer1 ckpt verify {path.name}", total, unit="bytes", enabled=not as_json)
-        found.append({"checkpoint": str(path), "problem": verify(path, progress.add)})
+        progress = Progress(f"umer1 ckpt verify {path.name}", entry(path).bytes, unit="bytes", enabled=not as_json)
+        problem = verify(path, progress.add)
+        if _is_gone(path, problem):
+            continue
+        found.append({"checkpoint": str(path), "problem": problem})
         if not as_json:
-            print(f"{path.name:16s} {'whole' if found[-1]['problem'] is None else 'DAMAGED: ' + found[-1]['problem']}")
+            print(f"{path.name:16s} {'whole' if problem is None else 'DAMAGED: ' + problem}")
     if as_json:
         print(json.dumps(found, indent=2))
     return 1 if any(one["problem"] for one in found) else 0
+
+
+def _is_gone(path: Path, problem: str | None) -> bool:
+    """Not damaged: a run that goes on has removed it meanwhile, having saved a newer one."""
+    return problem is not None and not path.exists()
 
 
 def _prune(place: Path, paths: list[Path], keep_latest: int, keep_every: int, *, dry_run: bool) -> None:

@@ -138,6 +138,9 @@ DAMAGE = {
     "manifest is a list": lambda d: (d / layout.MANIFEST).write_text("[]"),
     "manifest of a later format": lambda d: _manifest(d, lambda m: m.update(format_version=99)),
     "manifest without a model": lambda d: _manifest(d, lambda m: m.pop("model")),
+    "manifest with a name that no file system has": lambda d: _manifest(
+        d, lambda m: m["files"].update({"x" * 300: {"size": 1, "crc32": 0}})
+    ),
     "manifest leads out": lambda d: _manifest(d, lambda m: m["files"].update({"../x": {"size": 1, "crc32": 0}})),
     "empty directory": lambda d: (shutil.rmtree(d), d.mkdir()),
     "link in place of a shard": _link,

@@ -97,6 +97,28 @@ def test_verify_does_not_trust_a_manifest_that_fits_a_hostile_pickle(run, capsys
     assert status == 1 and out.splitlines()[0].startswith("iter_0000012     DAMAGED") and "system" in out
 
 
+@pytest.mark.parametrize("lost", ["model", "trained", "layout"])
+def test_verify_and_list_ask_what_the_loader_asks(run, capsys, lost):
+    """A manifest without this cannot be resumed from, whatever its files are like."""
+    path = layout.iteration_path(run, 12) / layout.MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, lost: 1}))
+    status, out = verify(run, capsys)
+    assert status == 1 and f"DAMAGED: {layout.MANIFEST} lacks {lost}" in out
+    checkpoint_command.main(["list", str(run)])
+    assert "goes on from iter_0000010" in capsys.readouterr().out
+
+
+def test_what_a_run_removes_meanwhile_is_not_damaged(run, capsys, monkeypatch):
+    """A run that trains on keeps its latest checkpoints alone, and reading all of them takes a while."""
+    paths = [*layout.newest_first(run), layout.iteration_path(run, 1)]
+    monkeypatch.setattr(layout, "newest_first", lambda place: paths)
+    status, out = verify(run, capsys)
+    assert status == 0 and len(out.splitlines()) == 6
+    checkpoint_command.main(["list", str(run), "--json"])
+    assert [one["iteration"] for one in json.loads(capsys.readouterr().out)] == [12, 10, 8, 6, 4, 2]
+
+
 def test_prune(run, capsys):
     words = ["prune", str(run), "--keep-latest-checkpoints", "2", "--keep-every", "4"]
     checkpoint_command.main([*words, "--dry-run"])
@@ -135,6 +157,8 @@ def test_export_takes_the_newest_whole_one(run, tmp_path):
 def test_wrong_commands_are_one_message(run, tmp_path):
     with pytest.raises(UserError, match="is no checkpoint and holds none"):
         checkpoint_command.main(["list", str(tmp_path)])
+    with pytest.raises(UserError, match="x{300}.*: File name too long"):
+        checkpoint_command.main(["list", str(tmp_path / ("x" * 300))])
     with pytest.raises(UserError, match=r"latest-checkpoints 0 must be 1 or above; --keep-every -1 must be"):
         checkpoint_command.main(["prune", str(run), "--keep-latest-checkpoints", "0", "--keep-every", "-1"])
     with pytest.raises(UserError, match="is one checkpoint; give the --save directory"):

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 MANIFEST = "umer1.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 FORMAT_VERSION = 1
+# Of a manifest, beside the files.
+_FIELDS = {"iteration": int, "optimizer": bool, "distributed_optimizer": bool, "dtype": str, "layout": dict}
+_FIELDS |= {"model": dict, "trained": list}
+_NEEDED = {"extra.json", "rng.json", "common.pt", ".metadata", "metadata.json"}
 _NAME = re.compile(r"iter_(\d{7,})")
 _LEFT_BEHIND = re.compile(r"\.(tmp|old|removed)-(iter_\d{7,}|reference)-[0-9a-f]{12}")
 _BLOCK = 1 << 22
@@ -83,7 +87,10 @@ def crc32(path: Path) -> int:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after a check of its form and of every file's size.  Raises ValueError saying what is wrong."""
+    """The manifest, after a check of its form and of every file's size.  Raises ValueError saying what is wrong.
+
+    What passes can be loaded if its contents are as they were written.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -92,17 +99,27 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is not a manifest")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"format version {manifest.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    if wrong or _NEEDED - set(manifest["files"]):
+        raise ValueError(f"{MANIFEST} lacks {', '.join([*wrong, *sorted(_NEEDED - set(manifest['files']))])}")
     root = directory.resolve()
     for name, entry in manifest["files"].items():
-        path = directory / name
-        # No links: they could lead out of the checkpoint.
-        if ".." in Path(name).parts or Path(name).is_absolute() or path.resolve() != root / name:
-            raise ValueError(f"{name!r} leads out of the checkpoint")
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if not isinstance(entry, dict) or path.stat().st_size != entry.get("size"):
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not those of the manifest")
+        try:
+            _check_file(root, name, entry)
+        except OSError as error:
+            raise ValueError(f"{name} cannot be looked at ({error.strerror})") from error
     return manifest
+
+
+def _check_file(root: Path, name: str, entry: Any) -> None:
+    path = root / name
+    # No links: they could lead out of the checkpoint.
+    if ".." in Path(name).parts or Path(name).is_absolute() or path.resolve() != path:
+        raise ValueError(f"{name!r} leads out of the checkpoint")
+    if not path.is_file():
+        raise ValueError(f"{name} is missing")
+    if not isinstance(entry, dict) or path.stat().st_size != entry.get("size"):
+        raise ValueError(f"{name} has {path.stat().st_size} bytes, not those of the manifest")
 
 
 def corrupt_files(directory: Path, manifest: dict[str, Any], share: int = 0, shares: int = 1) -> list[str]:

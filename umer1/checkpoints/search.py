@@ -57,9 +57,7 @@ def _problem(path: Path, state: ParallelState) -> str | None:
     verdict: list[Any] = [None, None]
     if state.rank == 0:
         try:
-            manifest = layout.read_manifest(path)
-            _check_form(manifest)
-            verdict[0] = manifest
+            verdict[0] = layout.read_manifest(path)
         except ValueError as error:
             verdict[1] = str(error)
     manifest, problem = _broadcast(verdict)
@@ -84,15 +82,6 @@ def _corrupt(path: Path, manifest: dict[str, Any], state: ParallelState) -> list
         return layout.corrupt_files(path, manifest, state.rank, state.world_size)
     except OSError as error:
         return [str(error)]
-
-
-def _check_form(manifest: dict[str, Any]) -> None:
-    wanted = {"iteration": int, "optimizer": bool, "distributed_optimizer": bool, "dtype": str, "layout": dict}
-    wanted |= {"model": dict, "trained": list}
-    wrong = [name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)]
-    missing = {"extra.json", "rng.json", "common.pt", ".metadata", "metadata.json"} - set(manifest["files"])
-    if wrong or missing:
-        raise ValueError(f"{layout.MANIFEST} lacks {', '.join([*wrong, *sorted(missing)])}")
 
 
 def _note_tracker(place: Path, chosen: Path, state: ParallelState) -> None:
