@@ -115,6 +115,22 @@ def test_text_of_runs_stays_text(tmp_path):
     assert any("10,0" in word and "more characters" in word for word in tags.words)
 
 
+def test_half_a_surrogate_pair_is_shown(tmp_path):
+    """JSON can hold one, as the name of a data set for example, and UTF-8 cannot."""
+    run = make_run(tmp_path / "run")
+    (run / "run.json").write_text('{"pairs": {"half \\ud83d": 3}}')
+    command.main([str(run)])
+    assert "half \\ud83d" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    """Folders in the place of files, for root may read every file."""
+    run = make_run(tmp_path / "run")
+    (run / "rollouts" / "iter_0000001.txt").mkdir(parents=True)
+    command.main([str(run)])
+    assert "iter_0000001.txt cannot be read: Is a directory" in (run / "report.html").read_text()
+
+
 def test_wrong_commands_are_one_message(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()

@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
         raise UserError("\n".join(problems))
     output = given.output or places[0][1] / "report.html"
     try:
-        write_text(output, page(runs, f"umer1 {__version__} report"))
+        text = page(runs, f"umer1 {__version__} report")
+        # Half a surrogate pair, which names out of data files may hold, is shown as the escape that it was.
+        write_text(output, text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
     print(f"{output}: {len(runs)} runs, {sum(len(run.curves) for run in runs)} curves")

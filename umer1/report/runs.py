@@ -38,7 +38,10 @@ def read_run(name: str, path: Path) -> Run:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{path} is no training run: it has no metrics.jsonl; give the directory that was --save")
-    records, damaged = _records(metrics)
+    try:
+        records, damaged = _records(metrics)
+    except OSError as error:
+        raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
     records = [record for record in records if isinstance(record.get("iteration"), int)]
     if not records:
         raise UserError(f"{metrics} has no record of a step ({damaged} damaged lines)")
@@ -59,7 +62,10 @@ def read_run(name: str, path: Path) -> Run:
         run.not_finite[key] = run.not_finite.get(key, 0) + absent[key]
     _read_settings(run)
     _read_environment(run)
-    _read_samples(run)
+    try:
+        _read_samples(run)
+    except OSError as error:
+        run.notes.append(f"{error.filename} cannot be read: {error.strerror}")
     return run
 
 
