@@ -59,11 +59,9 @@ train() {
 # Waits for the training and ends the job: with its status, or back into the queue where it was stopped before its end.
 finish() {
     local status
-    while :; do # a trapped signal ends `wait` early
-        wait "${steps[0]}"
-        status=$?
-        kill -0 "${steps[0]}" 2> /dev/null || break
-    done
+    while kill -0 "${steps[0]}" 2> /dev/null; do wait "${steps[0]}"; done # a trapped signal ends `wait` early
+    wait "${steps[0]}" # bash keeps the status of what has ended
+    status=$?
     [ "${#steps[@]}" = 1 ] || kill "${steps[@]:1}" 2> /dev/null
     echo "training ended with status $status; logs are in $folder"
     # A job that leaves during a preemption's grace time counts as completed: it has to requeue itself. One that was
