@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from umer1.configuration import field_types, load_config
 from umer1.errors import ConfigError, UserError
 from umer1.plan import command
 from umer1.plan.dry_run import dry_run
 from umer1.plan.layout import Layout, stage_layers
 from umer1.plan.report import headline
+from umer1.plan.shapes import SHAPES
 from umer1.training.launch import default_policy_violations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +134,21 @@ def test_all_problems_at_once(tmp_path):
         command.read_plan("sft", ["--hf-model", str(tmp_path)])
     with pytest.raises(UserError, match="use sft or grpo"):
         command.main(["dpo"])
+
+
+@pytest.mark.parametrize("stage", command.STAGES)
+def test_no_number_is_too_odd_for_the_checks(stage):
+    """Each number of each section at 0, -1, a half and what is not finite: legal, or told by name."""
+    shape = SHAPES["qwen2-vl-2b"]
+    for name, (_, wanted) in field_types(command.STAGES[stage]).items():
+        if not {int, float} & {wanted, *typing.get_args(wanted)}:
+            continue
+        for value in ("0", "-1", "0.5", "nan", "inf"):
+            flags = [f"--{name.replace('_', '-')}", value]
+            try:
+                load_config(command.STAGES[stage], flags, further=lambda config: config.layout_violations(shape, 8))
+            except ConfigError as error:
+                assert name in str(error).replace("-", "_"), (flags, error)
 
 
 def test_a_directory_needs_only_its_config(tmp_path):

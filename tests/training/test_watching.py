@@ -229,5 +229,6 @@ def test_settings_that_cannot_be_are_named_together():
     found = " | ".join(wrong.violations())
     for name in ("hang_timeout_minutes=-1", "loss_spike_deviations=-2", "profile_step_end=3", "profile_ranks=x"):
         assert name in found
-    assert not WatchConfig().violations()
+    assert not WatchConfig().violations() and not WatchConfig(profile_ranks=["1"]).violations(2)
+    assert WatchConfig(profile_ranks=["1", "2"]).violations(2) == ["profile_ranks=2 must be ranks, numbers from 0 to 1"]
     assert WatchConfig().hang_seconds(10) == 570 and WatchConfig(hang_timeout_minutes=0).hang_seconds(10) is None

@@ -42,8 +42,6 @@ def dry_run(
 
     Raises ConfigError with all violations, UserError if it does not fit.
 
-    Raises ConfigError with all violations, UserError if it does not fit.
-
     stage, default_config, check: as the program has them.  Flags of PlanConfig are legal beside those of training;
     --shape stands for a model directory that this machine does not have.  Under torchrun the first rank alone speaks,
     and --world-size is torchrun's where it is not given.

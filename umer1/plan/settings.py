@@ -92,18 +92,12 @@ class SFTDryRunConfig(SFTConfig):
 
     plan: PlanConfig = field(default_factory=PlanConfig)
 
-    def violations(self) -> list[str]:
-        return self.plan.violations() + SFTConfig.violations(self)
-
 
 @dataclass(kw_only=True, slots=True)
 class GRPODryRunConfig(GRPOConfig):
     """Settings of GRPO and of its plan."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
-
-    def violations(self) -> list[str]:
-        return self.plan.violations() + GRPOConfig.violations(self)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,9 @@
-"""What `examples/pretrain_sft.py` is configured by: the sections of their owners, and the rules between them."""
+"""What the training programs are configured by: the sections of their owners, and the rules between them.
 
-from dataclasses import dataclass, field
-from typing import Any
+GRPO's own are in policy_config.py.
+"""
+
+from dataclasses import dataclass, field, fields
 
 from umer1.data.loader import DataConfig
 from umer1.distributed.parallel import ParallelConfig
@@ -27,57 +29,20 @@ class RunConfig:
         return [] if 0 <= self.seed < 2**31 else [f"seed={self.seed} must lie between 0 and {2**31 - 1}"]
 
 
-def offload_violations(config: Any) -> list[str]:
-    """Broken rules of optimizer_cpu_offload; config: SFTConfig or GRPOConfig."""
-    if not config.optimizer.optimizer_cpu_offload:
-        return []
-    found = []
-    if config.model.fp32:
-        found.append("optimizer_cpu_offload moves the fp32 copies of bf16 weights, and fp32 has none; use bf16")
-    if not config.parallel.use_distributed_optimizer:
-        found.append("optimizer_cpu_offload needs use_distributed_optimizer, also for one rank")
-    return found
-
-
-def machine_violations(config: Any) -> list[str]:
-    """What this process's machine lacks for an SFTConfig or GRPOConfig; all of it at once."""
+def machine_violations(config: "StageConfig") -> list[str]:
+    """What this process's machine lacks; all of it at once."""
     fusion = gradient_fusion_violations(config.parallel.gradient_accumulation_fusion)
     return config.fp8.machine_violations() + fusion
 
 
-def fp8_violations(config: Any) -> list[str]:
-    """Every broken rule between FP8 and the other sections of an SFTConfig or GRPOConfig."""
-    found, fp8 = [], config.fp8
-    if fp8.fp8_format is None:
-        return found
-    if config.model.fp32:
-        found.append("fp8_format and fp32 are both set; FP8 multiplies bf16 weights: leave fp32 away")
-    if fp8.fp8_param_gather:
-        if config.optimizer.optimizer_cpu_offload:
-            found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
-        if not config.parallel.use_distributed_optimizer:
-            found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
-        found += [
-            f"fp8_param_gather does not go with {name}: weights in FP8 have no way into files or out of them yet"
-            for name, value in (
-                ("save", config.checkpoint.save),
-                ("load", config.checkpoint.load),
-                ("export_hf", config.model.export_hf),
-            )
-            if value is not None
-        ]
-    return found
-
-
 @dataclass(kw_only=True, slots=True)
-class SFTConfig:
-    """Stage 1, cold-start SFT."""
+class StageConfig:
+    """What both stages are configured by."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     fp8: FP8Config = field(default_factory=FP8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -86,10 +51,65 @@ class SFTConfig:
 
     def violations(self) -> list[str]:
         """Every broken rule that needs neither the model's files nor the number of processes."""
-        parts = (self.model, self.fp8, self.data, self.loss, self.optimizer, self.checkpoint, self.logging, self.watch)
-        parts += (self.run,)
+        parts = [getattr(self, item.name) for item in fields(self) if item.name != "parallel"]
         found = [problem for part in parts for problem in part.violations()]
-        found += fp8_violations(self) + offload_violations(self)
+        return found + self._fp8_violations() + self._offload_violations()
+
+    def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
+        """Every broken rule between the model, the layout and the number of processes."""
+        found = self.parallel.violations(model_config, world_size)
+        if found:
+            return found
+        ranks, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
+        found = self.fp8.model_violations(model_config, ranks, stages) + self.data.violations(self.dp_size(world_size))
+        return found + self.watch.violations(world_size)
+
+    def dp_size(self, world_size: int) -> int:
+        """Data-parallel ranks of a legal layout."""
+        return world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)
+
+    def _offload_violations(self) -> list[str]:
+        if not self.optimizer.optimizer_cpu_offload:
+            return []
+        found = []
+        if self.model.fp32:
+            found.append("optimizer_cpu_offload moves the fp32 copies of bf16 weights, and fp32 has none; use bf16")
+        if not self.parallel.use_distributed_optimizer:
+            found.append("optimizer_cpu_offload needs use_distributed_optimizer, also for one rank")
+        return found
+
+    def _fp8_violations(self) -> list[str]:
+        found = []
+        if self.fp8.fp8_format is None:
+            return found
+        if self.model.fp32:
+            found.append("fp8_format and fp32 are both set; FP8 multiplies bf16 weights: leave fp32 away")
+        if self.fp8.fp8_param_gather:
+            if self.optimizer.optimizer_cpu_offload:
+                found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
+            if not self.parallel.use_distributed_optimizer:
+                found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
+            found += [
+                f"fp8_param_gather does not go with {name}: weights in FP8 have no way into files or out of them yet"
+                for name, value in (
+                    ("save", self.checkpoint.save),
+                    ("load", self.checkpoint.load),
+                    ("export_hf", self.model.export_hf),
+                )
+                if value is not None
+            ]
+        return found
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTConfig(StageConfig):
+    """Stage 1, cold-start SFT."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def violations(self) -> list[str]:
+        """Every broken rule that needs neither the model's files nor the number of processes."""
+        found = StageConfig.violations(self)
         if self.optimizer.optimizer_cpu_offload and self.loss.learnable_temperature:
             found.append("optimizer_cpu_offload does not go with learnable_temperature, whose fp32 weight has no copy")
         budgets = (self.data.max_tokens_per_micro_batch, self.data.max_patches_per_micro_batch)
@@ -103,15 +123,12 @@ class SFTConfig:
 
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
         """Every broken rule between the model, the layout and the number of processes."""
-        found = self.parallel.violations(model_config, world_size)
-        if found:
+        found = StageConfig.layout_violations(self, model_config, world_size)
+        if found or not self.parallel.num_layers_per_virtual_pipeline_stage:
             return found
-        ranks, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        fp8 = self.fp8.model_violations(model_config, ranks, stages)
-        dp_size = world_size // (ranks * stages)
-        found = fp8 + self.data.violations(dp_size)
-        pairs = self.data.global_batch_size
-        if self.parallel.num_layers_per_virtual_pipeline_stage and not found and pairs // dp_size % stages:
+        pairs, dp_size = self.data.global_batch_size, self.dp_size(world_size)
+        stages = self.parallel.pipeline_model_parallel_size
+        if pairs // dp_size % stages:
             found.append(
                 f"global_batch_size={pairs} gives each of {dp_size} data-parallel ranks {pairs // dp_size} pairs; the "
                 f"interleaved schedule needs a multiple of the {stages} pipeline stages, e.g. "

@@ -4,18 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from umer1.data.loader import DataConfig
-from umer1.distributed.parallel import ParallelConfig
-from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.rl.config import RolloutConfig
 from umer1.rl.scoring import RewardConfig
-from umer1.training.build import ModelConfig
-from umer1.training.checkpoint import CheckpointConfig
-from umer1.training.config import RunConfig, fp8_violations, offload_violations
-from umer1.training.metrics import LoggingConfig
+from umer1.training.config import StageConfig
 from umer1.training.optimizer import OptimizerConfig
-from umer1.training.watch_config import WatchConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,22 +80,14 @@ def _optimizer() -> OptimizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class GRPOConfig:
+class GRPOConfig(StageConfig):
     """Stage 2, GRPO."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    fp8: FP8Config = field(default_factory=FP8Config)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=_optimizer)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
-    optimizer: OptimizerConfig = field(default_factory=_optimizer)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
     @property
     def prompt_length(self) -> int:
@@ -111,10 +96,7 @@ class GRPOConfig:
 
     def violations(self) -> list[str]:
         """Every broken rule that needs neither the model's files nor the number of processes."""
-        parts = (self.model, self.fp8, self.data, self.rollout, self.reward, self.policy, self.heldout)
-        parts += (self.optimizer, self.checkpoint, self.logging, self.watch, self.run)
-        found = [problem for part in parts for problem in part.violations()]
-        found += fp8_violations(self) + offload_violations(self)
+        found = StageConfig.violations(self)
         if self.fp8.fp8_param_gather:
             found.append("fp8_param_gather is for SFT: the rollout engine and the reference take weights in bf16")
         if self.prompt_length < 1:
@@ -131,21 +113,16 @@ class GRPOConfig:
 
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
         """Every broken rule between the model, the layout and the number of processes."""
-        found = self.parallel.violations(model_config, world_size)
-        if found:
-            return found
-        ranks, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
-        fp8 = self.fp8.model_violations(model_config, ranks, stages)
-        dp_size = world_size // (ranks * stages)
-        found = fp8 + self.data.violations(dp_size)
-        pairs, parts = self.data.global_batch_size, self.policy.mini_batches
-        if not found and pairs // dp_size % parts:
-            found.append(
-                f"mini_batches={parts} does not divide the {pairs // dp_size} pairs of each of {dp_size} data-parallel "
-                f"ranks (global_batch_size={pairs})"
-            )
+        found = StageConfig.layout_violations(self, model_config, world_size)
+        if not found:
+            pairs, parts, dp_size = self.data.global_batch_size, self.policy.mini_batches, self.dp_size(world_size)
+            if parts > 0 and pairs // dp_size % parts:
+                found.append(
+                    f"mini_batches={parts} does not divide the {pairs // dp_size} pairs of each of {dp_size} "
+                    f"data-parallel ranks (global_batch_size={pairs})"
+                )
         tensor = self.rollout.rollout_tensor_parallel_size
-        if world_size % tensor:
+        if tensor > 0 and world_size % tensor:
             found.append(f"rollout_tensor_parallel_size={tensor} must divide the number of processes, {world_size}")
         servers = len(self.rollout.servers())
         if servers and world_size % servers:

@@ -25,7 +25,7 @@ class StepProfiler:
 
     def __init__(self, config: WatchConfig, folder: Path, rank: int):
         self.config, self.folder, self.rank = config, folder, rank
-        self.planned = config.profile and str(rank) in config.profile_ranks
+        self.planned = config.profile and rank in map(int, config.profile_ranks)
         self.asked = False
         self._profile: profile | None = None
         self._first = self._last = 0

@@ -22,7 +22,8 @@ class WatchConfig:
     profile_ranks: list[str] = field(default_factory=lambda: ["0"])
     """Ranks that profile.  Whatever is set here, SIGUSR2 has the rank that it is sent to profile its next step."""
 
-    def violations(self) -> list[str]:
+    def violations(self, world_size: int | None = None) -> list[str]:
+        """Every broken rule; with `world_size` those of the number of processes too."""
         found = []
         if self.hang_timeout_minutes is not None and not 0 <= self.hang_timeout_minutes < float("inf"):
             found.append(f"hang_timeout_minutes={self.hang_timeout_minutes} must be above 0, or 0 for none")
@@ -33,11 +34,16 @@ class WatchConfig:
                 f"profile_step_start={self.profile_step_start} must be 1 or above, and below "
                 f"profile_step_end={self.profile_step_end}"
             )
-        if wrong := [word for word in self.profile_ranks if not word.isdecimal()]:
-            found.append(f"profile_ranks={' '.join(wrong)} must be ranks, numbers from 0 on")
+        legal = "from 0 on" if world_size is None else f"from 0 to {world_size - 1}"
+        if wrong := [word for word in self.profile_ranks if not _is_rank(word, world_size)]:
+            found.append(f"profile_ranks={' '.join(wrong)} must be ranks, numbers {legal}")
         return found
 
     def hang_seconds(self, distributed_timeout_minutes: float) -> float | None:
         """The time-out in seconds, None where it is off."""
         minutes = self.hang_timeout_minutes
         return 60 * (0.95 * distributed_timeout_minutes if minutes is None else minutes) or None
+
+
+def _is_rank(word: str, world_size: int | None) -> bool:
+    return word.isdecimal() and (world_size is None or int(word) < world_size)
