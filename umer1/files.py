@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import socket
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,24 @@ def make_folder(path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be made a directory: {error.strerror}; choose another place") from None
+
+
+def not_written(what: str, folder: str | Path, cause: object) -> str:
+    """What the user is told when `what` could not be written into `folder`."""
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB free"
+    except OSError:
+        free = "which is out of reach"
+    return f"{what} could not be written under {folder} ({free}): {cause}"
+
+
+@contextmanager
+def dispensable(what: str) -> Iterator[None]:
+    """A block that writes what training can do without: a disk that refuses is said, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{what} cannot be written: {error}; training goes on", file=sys.stderr, flush=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -7,7 +7,6 @@ distribution of the write over data-parallel ranks, the save planner.
 """
 
 import io
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from umer1.checkpoints.sharded_state import METADATA, cause_of, sharded_state
 from umer1.distributed.optimizer_checkpoint import gather_states
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
+from umer1.files import not_written
 
 
 class ShardTaker:
@@ -119,21 +119,12 @@ class Shards:
                 process_group=group,
             )
         except (CheckpointException, CheckpointingException, OSError) as error:
-            raise UserError(not_written(directory.parent, cause_of(error))) from error
+            raise UserError(not_written("the checkpoint", directory.parent, cause_of(error))) from error
 
     def write_small_files(self, directory: Path) -> None:
         """Rank 0's: common.pt and the name of the format."""
         (directory / "common.pt").write_bytes(self.common)
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-
-
-def not_written(save: Path, cause: object) -> str:
-    """What the user is told."""
-    try:
-        free = f"{shutil.disk_usage(save).free / 2**30:.1f} GiB free"
-    except OSError:
-        free = "which is out of reach"
-    return f"the checkpoint could not be written under {save} ({free}): {cause}"
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):

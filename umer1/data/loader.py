@@ -26,6 +26,7 @@ from umer1.data.processor import MAX_FRAMES
 from umer1.data.sampler import BlockSampler
 from umer1.data.schema import EncodedPair, PromptPair
 from umer1.data.vision import DecodeWork
+from umer1.files import dispensable
 from umer1.processes import end_with_parent
 
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
@@ -241,7 +242,8 @@ class Loader:
         self.sampler.step += 1
         self.counts.note(data.seen, data.bad, data.failure)
         if self._log is not None and data.bad:
-            self._log.append(data.bad)
+            with dispensable(f"bad samples of step {data.step} ({data.bad})"):
+                self._log.append(data.bad)
         return data
 
     def _start(self):

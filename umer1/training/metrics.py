@@ -4,7 +4,10 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +102,11 @@ def duration(seconds: float) -> str:
 
 class MetricsLogger:
     """Rank 0's record of the run in `directory` (None: console alone).  After a resume, lines of steps that will be
-    run again are dropped from metrics.jsonl, so that each step stands there once."""
+    run again are dropped from metrics.jsonl, so that each step stands there once.  A disk that refuses a line is said
+    once: it is the next checkpoint that ends the run then, on all ranks."""
 
     def __init__(self, config: LoggingConfig, directory: str | None, resumed_at: int, settings: dict[str, Any]):
+        self.directory, self._refused = directory, False
         self.jsonl = self.tensorboard = self.wandb = None
         if directory is not None:
             path = Path(directory) / "metrics.jsonl"
@@ -120,12 +125,11 @@ class MetricsLogger:
     def log(self, record: dict[str, Any]) -> None:
         print(log_line(record), flush=True)
         if self.jsonl:
-            clean = {key: finite_or_none(value) for key, value in record.items()}
-            self.jsonl.write(json.dumps(clean) + "\n")
-            self.jsonl.flush()
-            for key, value in clean.items():
-                if isinstance(value, (int, float)) and key != "iteration":
-                    self.tensorboard.add_scalar(key, value, record["iteration"])
+            clean = self._append(record)
+            with self._saying_once():
+                for key, value in clean.items():
+                    if isinstance(value, (int, float)) and key != "iteration":
+                        self.tensorboard.add_scalar(key, value, record["iteration"])
         if self.wandb:
             self.wandb.log(record, step=record["iteration"])
 
@@ -134,16 +138,35 @@ class MetricsLogger:
         named = [f"{name}: {record[key]:{form}}" for key, name, form in LINE if record.get(key) is not None]
         print(f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {record['iteration']:8d} | {' | '.join(named)}")
         if self.jsonl:
-            self.jsonl.write(json.dumps({key: finite_or_none(value) for key, value in record.items()}) + "\n")
-            self.jsonl.flush()
+            self._append(record)
 
     def close(self) -> None:
         if self.jsonl:
-            os.fsync(self.jsonl.fileno())
-            self.jsonl.close()
-            self.tensorboard.close()
+            with self._saying_once():
+                os.fsync(self.jsonl.fileno())
+                self.jsonl.close()
+            with self._saying_once():
+                self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+    def _append(self, record: dict[str, Any]) -> dict[str, Any]:
+        """One line; returns what it holds."""
+        clean = {key: finite_or_none(value) for key, value in record.items()}
+        with self._saying_once():
+            self.jsonl.write(json.dumps(clean) + "\n")
+            self.jsonl.flush()
+        return clean
+
+    @contextmanager
+    def _saying_once(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._refused:
+                text = f"the record of the run cannot be written to {self.directory}: {error}; training goes on"
+                print(text, file=sys.stderr, flush=True)
+            self._refused = True
 
 
 def finite_or_none(value: Any) -> Any:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from umer1.files import dispensable
 from umer1.rl.record import SIDES, RolloutEntry, ScoredCompletion, write_rollouts
 from umer1.training.scoring import ScoredRound
 
@@ -26,7 +27,9 @@ def log_rollouts(trainer: "GRPOTrainer", scored: ScoredRound) -> None:
     dist.all_gather_object(parts, entries)
     if state.rank == 0:
         gathered = [entry for part in parts for entry in part]
-        write_rollouts(f"{save}/rollouts", sorted(gathered, key=lambda entry: (entry.slot, SIDES.index(entry.side))))
+        gathered.sort(key=lambda entry: (entry.slot, SIDES.index(entry.side)))
+        with dispensable(f"rollouts of iteration {trainer.iteration}"):
+            write_rollouts(f"{save}/rollouts", gathered)
 
 
 def _entry(trainer: "GRPOTrainer", scored: ScoredRound, place: int, side: int) -> RolloutEntry:

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from umer1.checkpoints import layout as directories
-from umer1.checkpoints.shards import Shards, ShardTaker, not_written
+from umer1.checkpoints.shards import Shards, ShardTaker
 from umer1.checkpoints.source import ASSETS, describe_model
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
-from umer1.files import write_json, write_text
+from umer1.files import not_written, write_json, write_text
 from umer1.models.qwen2_vl.directory import write_assets
 from umer1.models.qwen2_vl.weights import agree, unwrap
 from umer1.training.rng import rng_state
@@ -89,7 +89,7 @@ def _open_aside(save: Path, iteration: int, state: ParallelState, group: dist.Pr
         try:
             message[0] = str(directories.new_aside(save, iteration))
         except OSError as error:
-            message[1] = not_written(save, error)
+            message[1] = not_written("the checkpoint", save, error)
     dist.broadcast_object_list(message, src=0, group=group)
     if message[1]:
         raise UserError(message[1])
@@ -109,7 +109,7 @@ def _publish(aside: Path, destination: Path, snapshot: Snapshot, gathered: list,
         directories.seal(aside, destination, snapshot.content, checksums)
         directories.write_tracker(destination.parent, snapshot.iteration)
     except OSError as error:
-        return not_written(destination.parent, error)
+        return not_written("the checkpoint", destination.parent, error)
     return None
 
 

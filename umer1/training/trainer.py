@@ -15,13 +15,13 @@ from umer1.configuration import to_yaml
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.evaluation.curves import plot_training
-from umer1.files import write_text
+from umer1.files import dispensable, not_written, write_text
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import save_hf, unwrap
 from umer1.sharing.card import Subject
 from umer1.sharing.documents import export_documents
 from umer1.sharing.training_run import describe_run, note_start, pairs_of
-from umer1.training.batches import DataSource
+from umer1.training.batches import DataSource, raise_together
 from umer1.training.checkpoint import Checkpointer
 from umer1.training.metrics import MetricsLogger
 from umer1.training.offending import LossWatch, list_samples
@@ -85,14 +85,19 @@ class Trainer:
         """Go on with what `own_state` gave."""
 
     def open_logs(self) -> None:
-        """Rank 0: the resolved configuration and the record, beside the checkpoints."""
+        """Rank 0: the resolved configuration and the record, beside the checkpoints.  Collective; raises UserError."""
+        problem = None
         if self.state.rank == 0:
             directory, settings = self.config.checkpoint.save, to_yaml(self.config)
-            if directory:
-                write_text(f"{directory}/config.yaml", settings)
-                dataset = self.source.loader.maker.dataset
-                note_start(directory, self.iteration, pairs_of(dataset.names, dataset.name_ids))
-            self.logger = MetricsLogger(self.config.logging, directory, self.iteration, {"config": settings})
+            try:
+                if directory:
+                    write_text(f"{directory}/config.yaml", settings)
+                    dataset = self.source.loader.maker.dataset
+                    note_start(directory, self.iteration, pairs_of(dataset.names, dataset.name_ids))
+                self.logger = MetricsLogger(self.config.logging, directory, self.iteration, {"config": settings})
+            except OSError as error:
+                problem = not_written("the run's settings and record", directory, error)
+        raise_together(problem)
 
     @contextmanager
     def settled(self) -> Iterator[None]:
@@ -154,10 +159,10 @@ class Trainer:
                 for slots, indices in drawn
                 for slot, index in zip(slots.tolist(), indices.tolist(), strict=True)
             ]
-            numbers = {"iteration": self.iteration, "cause": cause, "loss": loss, "grad_norm": grad_norm}
-            list_samples(
-                Path(save) / "offending_samples.jsonl", {**numbers, "rank": self.state.rank, "samples": samples}
-            )
+            record = {"iteration": self.iteration, "cause": cause, "loss": loss, "grad_norm": grad_norm}
+            record |= {"rank": self.state.rank, "samples": samples}
+            with dispensable(f"rank {self.state.rank}: samples of iteration {self.iteration} ({samples})"):
+                list_samples(Path(save) / "offending_samples.jsonl", record)
 
     def stragglers(self) -> dict[str, float]:
         """The slowest rank since the last call, by phase; collective."""
