@@ -99,6 +99,23 @@ def test_damage_is_counted_and_told(tmp_path):
     assert read_run("x", run).curves["loss"][-1][0] == 40
 
 
+def test_numbers_that_no_axis_can_have(tmp_path):
+    """A flipped bit of an exponent, and a loss that was never finite: the log writes that as null."""
+    path = tmp_path / "run"
+    path.mkdir()
+    far = [json.dumps({"iteration": step, "loss": None, "x": sign * 1.7e308}) for step, sign in ((1, 1), (2, -1))]
+    huge = [
+        json.dumps({"iteration": 3, "x": 10**400}),
+        json.dumps({"iteration": 10**400, "x": 1}),
+        '{"iteration": true}',
+    ]
+    (path / "metrics.jsonl").write_text("\n".join([*far, *huge]))
+    command.main([str(path)])
+    words = Tags((path / "report.html").read_text()).words
+    assert "run: x was not finite 3 times" in words and "run: loss was not finite 2 times" in words
+    assert read_run("x", path).curves == {}
+
+
 def test_text_of_runs_stays_text(tmp_path):
     run = make_run(tmp_path / "run", extra=json.dumps({"iteration": 41, HOSTILE: 1.0}) + "\n")
     (run / "rollouts").mkdir()

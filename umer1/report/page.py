@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from umer1.report.chart import line_chart, number
-from umer1.report.runs import Run
+from umer1.report.runs import Run, is_finite
 
 # In the order in which a person looks at them; a field that is not named here comes under "Everything else".
 SECTIONS = {
@@ -127,13 +127,10 @@ def _summary(runs: Sequence[Run]) -> str:
     columns |= {"gen_recall": "recall, gen", "tokens_per_second": "tokens/s", "memory_mib": "MiB"}
     columns |= {"skipped_iterations": "skipped", "nan_iterations": "not finite", "bad_samples": "bad samples"}
     shown = [key for key in columns if any(isinstance(run.last.get(key), int | float) for run in runs)]
-    rows = [[run.name, *(number(run.last[key]) if _is_finite(run, key) else "" for key in shown)] for run in runs]
+    rows = [
+        [run.name, *(number(run.last[key]) if is_finite(run.last.get(key)) else "" for key in shown)] for run in runs
+    ]
     return "<h2>At the last step</h2>" + _table(["run", *(columns[key] for key in shown)], rows)
-
-
-def _is_finite(run: Run, key: str) -> bool:
-    value = run.last.get(key)
-    return isinstance(value, int | float) and value - value == 0
 
 
 def _charts(runs: Sequence[Run]) -> list[str]:

@@ -1,7 +1,6 @@
 """What a training run has written into its --save directory, read for people: damaged parts are counted, not fatal."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from umer1.errors import UserError
 
 _SAMPLE_CHARACTERS = 20_000  # of a file of rollouts
 _BAD_SAMPLES = 20
+_LARGEST = 1e300  # no number of a run; an axis that ends there can still be computed
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ def read_run(name: str, path: Path) -> Run:
         records, damaged = _records(metrics)
     except OSError as error:
         raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
-    records = [record for record in records if isinstance(record.get("iteration"), int)]
+    records = [record for record in records if _is_step(record.get("iteration"))]
     if not records:
         raise UserError(f"{metrics} has no record of a step ({damaged} damaged lines)")
     records.sort(key=lambda record: record["iteration"])
@@ -54,11 +54,11 @@ def read_run(name: str, path: Path) -> Run:
                 absent[key] = absent.get(key, 0) + 1
             if isinstance(value, bool) or not isinstance(value, int | float) or key == "iteration":
                 continue
-            if math.isfinite(value):
+            if is_finite(value):
                 run.curves.setdefault(key, []).append((record["iteration"], float(value)))
             else:
                 run.not_finite[key] = run.not_finite.get(key, 0) + 1
-    for key in absent.keys() & run.curves.keys():
+    for key in absent.keys() & (run.curves.keys() | {"loss", "grad_norm"}):  # these two are always measured
         run.not_finite[key] = run.not_finite.get(key, 0) + absent[key]
     _read_settings(run)
     _read_environment(run)
@@ -67,6 +67,15 @@ def read_run(name: str, path: Path) -> Run:
     except OSError as error:
         run.notes.append(f"{error.filename} cannot be read: {error.strerror}")
     return run
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a chart can have."""
+    return isinstance(value, int | float) and abs(value) < _LARGEST
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**53
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
