@@ -10,6 +10,9 @@ from tiny_qwen2_vl import make_tiny_directory
 from umer1 import checkpoint_command, conversion
 from umer1.checkpoints import layout
 from umer1.errors import UserError
+from umer1.training.checkpoint import CheckpointConfig
+from umer1.training.config import SFTConfig
+from umer1.training.launch import open_directory
 
 SEED = random.randrange(2**32)
 
@@ -152,6 +155,19 @@ def test_export_takes_the_newest_whole_one(run, tmp_path):
     conversion.main(["--from-checkpoint", str(run / "iter_0000010"), "--to-hf", str(tmp_path / "again")])
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "again")]
     assert files[0] == files[1], SEED
+
+
+def test_a_damaged_tokenizer_is_not_taken_with_an_older_ones_weights(run, tmp_path):
+    """JSON still, of the same size: only its checksum tells.  A run that goes on from --load asks the same."""
+    tokenizer = layout.iteration_path(run, 12) / "hf" / "tokenizer.json"
+    good = tokenizer.read_text()
+    tokenizer.write_text(good.replace("a", "b", 1))
+    checkpoint_command.main(["export", str(run), "--to-hf", str(tmp_path / "hf")])
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == good
+    config = SFTConfig(checkpoint=CheckpointConfig(load=str(run)))
+    assert open_directory(config).path.parent.name == "iter_0000010"
+    with pytest.raises(UserError, match="holds no checkpoint .*; give --hf-model to start from"):
+        open_directory(SFTConfig(checkpoint=CheckpointConfig(load=str(tmp_path))))
 
 
 def test_wrong_commands_are_one_message(run, tmp_path):

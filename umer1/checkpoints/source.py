@@ -20,6 +20,7 @@ ASSETS = "hf"  # folder of a checkpoint with config.json, tokenizer and processo
 def open_model(path: str | Path) -> HFDirectory:
     """Configuration, tokenizer and settings of the model at `path`; reads no weights and needs no process group.
 
+    Of several checkpoints the newest whose files have their sizes and whose assets are as they were written.
     Raises UserError when `path` is none of the three forms, or when every checkpoint in it is damaged.
     """
     path = Path(path)
@@ -28,9 +29,12 @@ def open_model(path: str | Path) -> HFDirectory:
     problems = []
     for checkpoint in layout.newest_first(path):
         try:
-            layout.read_manifest(checkpoint)
+            manifest = layout.read_manifest(checkpoint)
+            assets = {name: about for name, about in manifest["files"].items() if name.startswith(f"{ASSETS}/")}
+            if damaged := layout.corrupt_files(checkpoint, {"files": assets}):
+                raise ValueError(f"the content of {', '.join(damaged)} is not what was written (CRC-32)")
             return HFDirectory.open(checkpoint / ASSETS, weights=False)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(f"{checkpoint}: {error}")
     raise UserError(f"{path} holds no whole checkpoint:\n" + "\n".join(f"  - {problem}" for problem in problems))
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from umer1 import device as devices
-from umer1.checkpoints.layout import iteration_path, list_iterations
-from umer1.checkpoints.source import ASSETS
+from umer1.checkpoints.layout import list_iterations
+from umer1.checkpoints.search import is_checkpoint_place
+from umer1.checkpoints.source import open_model
 from umer1.configuration import load_config
 from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, launched_world_size
@@ -69,19 +70,12 @@ def program_violations(
 
 def open_directory(config: Any, *, weights: bool = True) -> HFDirectory:
     """Of --hf-model; with --load alone the one kept in its newest checkpoint, without weights; else the tiny base."""
-    if config.model.hf_model is None and config.checkpoint.load is not None:
-        return HFDirectory.open(newest_assets(Path(config.checkpoint.load)), weights=False)
-    return HFDirectory.open(config.model.source, weights=weights)
-
-
-def newest_assets(load: Path) -> Path:
-    """The Hugging Face files inside a checkpoint, or inside the newest one of a save directory."""
-    if not (load / ASSETS).is_dir():
-        iterations = list_iterations(load) if load.is_dir() else []
-        if not iterations:
-            raise UserError(f"load={load} holds no checkpoint (no iter_* directory); give --hf-model to start from")
-        load = iteration_path(load, max(iterations))
-    return load / ASSETS
+    load = config.checkpoint.load
+    if config.model.hf_model is not None or load is None:
+        return HFDirectory.open(config.model.source, weights=weights)
+    if not is_checkpoint_place(Path(load)):
+        raise UserError(f"load={load} holds no checkpoint (no iter_* directory); give --hf-model to start from")
+    return open_model(load)
 
 
 def draw_mini_mmeb(state: ParallelState) -> None:
