@@ -210,6 +210,13 @@ def test_silent_teacher_stops_the_run_and_nothing_is_lost(world):
     assert max(teacher.answered.values()) == 1 and sum(teacher.answered.values()) == 48
 
 
+def test_nobody_at_the_address_is_said(tmp_path):
+    """Too few sides to end the run by --stop-after-failures: the reason is in the message all the same."""
+    inputs = write_world(tmp_path, mmeb=1)[:1]
+    with pytest.raises(UserError, match="teacher_failed 1 .the last time: ConnectionRefusedError.*attempt 2 of 2"):
+        main(flags(tmp_path, inputs, "http://127.0.0.1:9/v1", "--max-attempts", "2"))
+
+
 def test_failed_sides_are_filtered_and_asked_by_the_next_run(tmp_path):
     inputs = write_world(tmp_path, mmeb=3)[:1]
     with Teacher() as teacher:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import umer1
 from umer1.errors import ConfigError, UserError
@@ -139,7 +140,7 @@ def test_pictures_are_found_as_umer1s_vectors_find_them(rng, tmp_path, monkeypat
     assert list((tmp_path / "cache").rglob("*mode_disc*")), "the two modes must not share their results"
 
 
-def test_instructions():
+def test_instructions_and_a_split_of_nothing():
     with MtebEncoder(str(MINI_BASE), fp32=True, prompts={"STS": "Same meaning?"}) as model:
         pictures, texts = DrawnPictures.metadata, DrawnSTS.metadata
         assert model.instruction(pictures, PromptType.query) == INSTRUCTION
@@ -148,6 +149,8 @@ def test_instructions():
         plain = texts.model_copy(update={"type": "Retrieval", "prompt": "Look for"})
         assert model.instruction(plain, PromptType.query) == "Look for"
         assert model.instruction(plain, PromptType.document) == ""
+        split = {"task_metadata": texts, "hf_split": "test", "hf_subset": "default"}
+        assert model.encode(DataLoader([]), **split).shape == (0, model.mteb_model_meta.embed_dim)
 
 
 def test_what_cannot_be_embedded_ends_the_evaluation():

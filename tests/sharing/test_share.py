@@ -127,9 +127,10 @@ def test_results_of_the_generated_benchmark(tmp_path):
         ("mean", "disc", 25.0, None),
     ]
     assert found.sha256 is None
-    path.write_text("[]")
-    with pytest.raises(UserError, match="not a results.json"):
-        read_results(path)
+    for damaged in ("[]", "[" * 100_000):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="not a results.json"):
+            read_results(path)
 
 
 def test_every_export_has_them_and_replaces_them(tmp_path):

@@ -27,14 +27,16 @@ class Counts:
 
     def __init__(self):
         self.table: dict[str, dict[str, Any]] = {}
+        self.last_detail = ""  # of a pair that was filtered
 
-    def add(self, dataset: str, what: str, cause: str | None = None) -> None:
+    def add(self, dataset: str, what: str, cause: str | None = None, detail: str = "") -> None:
         row = self.table.setdefault(dataset, {"read": 0, "sft": 0, "rl": 0, "repeats_rl": 0, "filtered": Counter()})
         row["read"] += 1
         if cause is None:
             row[what] += 1
         else:
             row["filtered"][cause] += 1
+            self.last_detail = detail
 
     def total(self, what: str) -> int:
         if what == "filtered":
@@ -77,7 +79,8 @@ def publish_dataset(
                     shards.add(record)
         shards.close()
         if not shards.paths and not rl:
-            raise UserError("no pair is left: " + "; ".join(counts.lines()) + ". Nothing was written")
+            last = f" (the last time: {counts.last_detail})" if counts.last_detail else ""
+            raise UserError(f"no pair is left: {'; '.join(counts.lines())}{last}. Nothing was written")
         for path in shards.paths:
             check_shard(path, data_root)
         if rl:
@@ -106,7 +109,7 @@ def _sft_record(
     """The pair as the SFT file has it; None, counted and listed, when it goes elsewhere."""
 
     def leave_out(cause: str, detail: str, side: str | None = None) -> None:
-        counts.add(sample.dataset, "filtered", cause)
+        counts.add(sample.dataset, "filtered", cause, detail)
         filtered({"id": sample.id, "dataset": sample.dataset, "side": side, "cause": cause, "detail": detail})
 
     if isinstance(sample, Broken):

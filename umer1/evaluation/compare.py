@@ -37,7 +37,7 @@ def read_result(path: str | Path) -> dict:
     path = path / "results.json" if path.is_dir() else path
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read as a result ({error}); give what `umer1 eval --output` wrote"
         ) from None

@@ -131,7 +131,7 @@ class MtebEncoder:
                 held = []
         embeddings += self._embed(held, what, len(embeddings), progress)
         progress.finish()
-        return np.stack(embeddings)
+        return np.array(embeddings, dtype=np.float32).reshape(-1, self.engine.model_config.hidden_size)
 
     def instruction(self, task_metadata: TaskMetadata, prompt_type: PromptType | None) -> str:
         """What stands before every text; "" for nothing."""

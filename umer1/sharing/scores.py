@@ -38,7 +38,7 @@ def read_results(path: str | Path) -> Results:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         scores = [score for name, entry in found["tasks"].items() for score in _task(name, entry, found)]
         return Results(found["benchmark"], scores + _means(found), found.get("notes", []), found.get("model_sha256"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--results {path}: not a results.json of umer1 eval ({error!r})") from None
 
 
