@@ -68,11 +68,11 @@ class StandInTransformerEngine:
 
     @staticmethod
     def _note(state: SimpleNamespace, x: torch.Tensor) -> None:
-        state.amax_history[0, 0].copy_(torch.maximum(state.amax_history[0, 0], x.detach().abs().max()))
+        state.amax_history[0, 0].copy_(torch.maximum(state.amax_history[0, 0], x.detach().abs().max().float()))
 
     @staticmethod
     def _round(x: torch.Tensor, scale: torch.Tensor, key: str, dtype: torch.dtype) -> torch.Tensor:
-        return (x * scale).clamp(-LARGEST[key], LARGEST[key]).to(dtype).float() / scale
+        return (x * scale).clamp(-LARGEST[key], LARGEST[key]).to(dtype).float().div(scale).to(x.dtype)
 
     def autocast(self, block: torch.nn.Module) -> None:
         """Wrap a transformer block's forward as an autocast region; its end moves histories into scales."""

@@ -1,6 +1,7 @@
 """Delayed scaling's histories beside cached contrastive's first pass, and FP8 weights: with stand-ins, on a CPU."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_delayed_and_param_gather_reach_megatron(tiny):
         fp8_amax_compute_algo="max",
         fp8_param_gather=True,
     )
-    assert fp8.violations() == []
+    assert replace(fp8, fp8_param_gather=False).violations() == []
     with init_distributed(ParallelConfig()) as state:
         models = build_training_model(
             ModelConfig(bf16=True), ParallelConfig(), tiny, state, weights_follow=True, fp8=fp8
@@ -157,12 +158,18 @@ def test_refusals_between_sections(tmp_path):
     config = SFTConfig(
         model=ModelConfig(export_hf="out"),
         fp8=gather,
-        parallel=ParallelConfig(use_distributed_optimizer=False),
         checkpoint=CheckpointConfig(save=str(tmp_path / "save"), load=str(tmp_path)),
     )
-    found = config.violations()
-    assert len(found) == 4 and "use_distributed_optimizer" in found[0]
-    assert [problem.split(":")[0].rsplit(" ", 1)[-1] for problem in found[1:]] == ["save", "load", "export_hf"]
+    assert config.violations() == []
+    config.parallel.use_distributed_optimizer = False
+    config.optimizer.optimizer_cpu_offload = True
+    offload, distributed, _ = config.violations()
+    assert "optimizer_cpu_offload" in offload and "needs use_distributed_optimizer" in distributed
+    for length, algorithm, legal in ((1, "max", True), (2, "most_recent", True), (2, "max", False)):
+        options = dict(fp8_recipe="delayed", fp8_amax_history_len=length, fp8_amax_compute_algo=algorithm)
+        assert FP8Config(fp8_format="hybrid", **options).violations() == []
+        found = FP8Config(fp8_format="hybrid", fp8_param_gather=True, **options).violations()
+        assert len(found) == (not legal) and all("needs fp8_amax_compute_algo=most_recent" in each for each in found)
     wrong = FP8Config(
         fp8_format="hybrid",
         fp8_recipe="delayed",

@@ -31,8 +31,8 @@ def test_a_layer_by_hand(recipe, of_weight, of_input):
     fp8, tokens = FP8Config(fp8_format="hybrid", fp8_recipe=recipe), 640
     chunks = stage_parameters(MODEL, ParallelConfig(), 0, False)
     assert weight_bytes(fp8, chunks, LAYERS) == pytest.approx(LAYERS * MATRICES * 2 * of_weight, rel=1e-9)
-    fp8.fp8_param_gather = True
-    assert weight_bytes(fp8, chunks, LAYERS) == pytest.approx(LAYERS * MATRICES * 2 * (of_weight - 1), abs=1)
+    fp8.fp8_param_gather = True  # one of both copies is the weight itself
+    assert weight_bytes(fp8, chunks, LAYERS) == pytest.approx(LAYERS * MATRICES * (2 * of_weight - 1), abs=1)
     bounds = torch.tensor([0, 400, tokens], dtype=torch.int32)
     layer = decoder_layer(MODEL, ParallelConfig(), bounds, itemsize=2, kernel="te", fp8=fp8)
     # both norms' outputs and the MLP's product in FP8 instead of bf16; the attention's output also in FP8

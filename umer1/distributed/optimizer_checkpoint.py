@@ -12,6 +12,9 @@ installed, so that the optimizer is torch.optim.AdamW, whose step is a tensor in
    caller (line 1482) cuts parameters out at offsets that count the padding.  With more than one bucket (tied embeddings
    over pipeline stages, overlap_grad_reduce) and a bucket that is no multiple of the padding unit, all that follows is
    saved shifted or as zeros.
+
+FP8 weights have a buffer of their own beside the other weights'.  Files get none of them, but their main weights,
+rounded to the type that an FP8 weight stands for.
 """
 
 import functools
@@ -22,7 +25,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from umer1.distributed.fp8_weights import distributed_parts, is_fp8
+
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
+_ROUNDED = "rounded"  # main weights of FP8 weights, in these weights' nominal type
 _GATHERED = 1 << 26  # elements of all ranks in one gather of a save: 256 MiB on the device
 
 
@@ -93,7 +99,7 @@ def _whole_buffers(self, use_gloo_comm: bool = True, empty_data: bool = False, r
         {key: torch.zeros(buffer.numel, dtype=torch.float32, device=place) for key in _KEYS} for buffer in self.buffers
     ]
     if not empty_data:
-        self.umer1_outlines = whole
+        self.umer1_outlines = [keys | outline for keys, outline in zip(whole, _rounded_outlines(self), strict=True)]
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, ranges in enumerate(self.gbuf_ranges):
         (dtype,) = ranges
@@ -101,26 +107,64 @@ def _whole_buffers(self, use_gloo_comm: bool = True, empty_data: bool = False, r
     return state
 
 
+def _rounded_outlines(part: DistributedOptimizer) -> list[dict[str, torch.Tensor]]:
+    """For each buffer what stands for its main weights, rounded; nothing for a buffer that is not of FP8 weights."""
+    return [
+        {_ROUNDED: torch.empty(buffer.numel, dtype=buffer.params[0].dtype, device="meta")}
+        if is_fp8(buffer.params[0])
+        else {}
+        for buffer in part.buffers
+    ]
+
+
+def rounded_shapes(optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """FP8 weight -> its shape in its nominal type, for `gather_states` to fill with the main weight, rounded.
+
+    Of a distributed optimizer between `sharded_state_dict` for a save and `gather_states`.
+    """
+    found = {}
+    for part in distributed_parts(optimizer):
+        for buffer, outlines in zip(part.buffers, part.umer1_outlines, strict=True):
+            if _ROUNDED in outlines:
+                for parameter, (start, end, _) in buffer.param_index_map.items():
+                    found[parameter] = outlines[_ROUNDED][start:end].view(parameter.shape)
+    return found
+
+
+def rounded_main_weights(optimizer: Any, *, wanted: bool) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """FP8 weight -> its main weight rounded to its nominal type, whole, in host memory; collective over DP.
+
+    On ranks that do not want them, and of a run without FP8 weights: nothing.
+    """
+    for part in distributed_parts(optimizer):
+        part.umer1_outlines = _rounded_outlines(part)
+    shapes = rounded_shapes(optimizer) if wanted else {}
+    found = {parameter: torch.empty(shape.shape, dtype=shape.dtype) for parameter, shape in shapes.items()}
+    gather_states(optimizer, [(shape, found[parameter]) for parameter, shape in shapes.items()])
+    return found
+
+
 def gather_states(optimizer: Any, wanted: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Bring the data of an optimizer's sharded state dict, of which a save has only shapes; collective over DP.
 
-    wanted: (tensor of the state dict on "meta", contiguous fp32 tensor of as many elements that takes its data), those
-    that this rank writes.  Copies may still be on their way to page-locked memory on return.
+    wanted: (tensor of the state dict or of `rounded_shapes` on "meta", contiguous tensor of as many elements that takes
+    its data), those that this rank writes.  Copies may still be on their way to page-locked memory on return.
     """
     targets: dict[int, list[tuple[int, torch.Tensor]]] = {}
     for outline, target in wanted:
         assert outline.is_contiguous(), outline.stride()
         place = targets.setdefault(outline.untyped_storage()._cdata, [])
         place.append((outline.storage_offset(), target.view(-1)))
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not isinstance(part, DistributedOptimizer):
-            continue
+    for part in distributed_parts(optimizer):
         for buffer, ranges, outlines in zip(part.buffers, part.gbuf_ranges, part.umer1_outlines, strict=True):
             (buckets,) = ranges.values()
-            of_keys = {key: targets.pop(outline.untyped_storage()._cdata, []) for key, outline in outlines.items()}
+            of_keys: dict[str, list[tuple[int, torch.Tensor]]] = {}
+            for name, outline in outlines.items():
+                key = "param" if name == _ROUNDED else name
+                of_keys.setdefault(key, []).extend(targets.pop(outline.untyped_storage()._cdata, []))
             for bucket, bucket_ranges in zip(buffer.buckets, buckets, strict=True):
-                for key in _KEYS:
-                    _gather_bucket(part, bucket, bucket_ranges, key, of_keys[key])
+                for key, places in of_keys.items():
+                    _gather_bucket(part, bucket, bucket_ranges, key, places)
         del part.umer1_outlines
     assert not targets, "shapes of another optimizer"
 

@@ -40,8 +40,8 @@ class FP8Config:
     fp8_amax_compute_algo: str = "most_recent"
     """Which of them delayed scaling takes: most_recent or max."""
     fp8_param_gather: bool = False
-    """Keep the decoder's matrices in FP8, and gather them so from the distributed optimizer; for measurements: such a
-    run cannot be saved or exported."""
+    """Keep the decoder's matrices in FP8 alone, cast from the distributed optimizer's fp32 weights and gathered so; for
+    SFT."""
     first_last_layers_bf16: bool = False
     """Keep layers at both ends of the decoder in bf16."""
     num_layers_at_start_in_bf16: int = 1
@@ -71,6 +71,15 @@ class FP8Config:
             found.append("fp8_recipe=delayed updates all layers' scales together; leave first_last_layers_bf16 unset")
         if self.fp8_recipe == "mxfp8" and self.fp8_param_gather:
             found.append("fp8_param_gather does not go with fp8_recipe=mxfp8; use delayed, tensorwise or blockwise")
+        counts_passes = self.fp8_amax_compute_algo == "max" and self.fp8_amax_history_len > 1
+        if self.fp8_recipe == "delayed" and self.fp8_param_gather and counts_passes:
+            # A weight's largest value enters the history once a step, and every micro-batch moves the history on.
+            found.append(
+                "fp8_param_gather with fp8_recipe=delayed needs fp8_amax_compute_algo=most_recent (or "
+                "fp8_amax_history_len=1): data-parallel ranks with different numbers of micro-batches remember "
+                "different steps, would cast their parts of a weight with different scales, and each would read all "
+                "parts with its own"
+            )
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)} must be 0 or above")
@@ -162,7 +171,7 @@ def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
     Transformer Engine keeps those of a weight's initialisation, here zeros, until the optimizer has taken them.
     """
-    parameter.copy_(value)
+    parameter.copy_(value.to(parameter.dtype))  # as the optimizer casts to FP8: from the nominal type
     unrounded = getattr(parameter, "get_high_precision_init_val", lambda: None)()
     if unrounded is not None:
         unrounded.copy_(value)

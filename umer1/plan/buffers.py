@@ -2,10 +2,11 @@
 
 megatron.core.distributed.param_and_grad_buffer: trained parameters stand in reverse order in one buffer; with the
 distributed optimizer each starts at a multiple of 64 elements, each bucket ends at a multiple of lcm(DP, 128), and a
-data-parallel rank updates its equal share of each bucket.
+data-parallel rank updates its equal share of each bucket.  Weights in FP8 have a buffer of their own.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from umer1.distributed.parallel import ParallelConfig
@@ -16,7 +17,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """The gradient buffer of one model chunk."""
+    """A gradient buffer of one model chunk, and that of its weights."""
 
     numel: int
     """Elements, padding included."""
@@ -67,7 +68,7 @@ class StateBytes:
     """What stays from step to step on one rank."""
 
     parameters: int
-    """Weights in the model's dtype, the buffer's padding included."""
+    """Weights in the model's dtype, those in FP8 a byte each, the buffers' padding included."""
     gradients: int
     """fp32 gradient buffers."""
     main_weights: int
@@ -75,7 +76,7 @@ class StateBytes:
     moments: int
     """AdamW's two fp32 moments."""
     largest_buffer: int
-    """Weights of the largest chunk's buffer: what one collective gathers."""
+    """Weights of the largest buffer: what one collective gathers."""
     trained: int
     """Trained parameters, a number of elements without padding."""
     updated: int
@@ -93,20 +94,30 @@ class StateBytes:
 
 
 def state_bytes(
-    chunks: list[list[Parameter]], parallel: ParallelConfig, *, stage: int, dp: int, itemsize: int, dp_rank: int = 0
+    chunks: list[list[Parameter]],
+    parallel: ParallelConfig,
+    *,
+    stage: int,
+    dp: int,
+    itemsize: int,
+    dp_rank: int = 0,
+    in_fp8: Callable[[Parameter], bool] = lambda parameter: False,
 ) -> StateBytes:
-    """chunks: of the rank's pipeline stage.  itemsize: 2 for bf16, which has fp32 main weights, or 4."""
+    """chunks: of the rank's pipeline stage.  itemsize: 2 for bf16, which has fp32 main weights, or 4.  in_fp8: whether
+    a weight is there in FP8 alone."""
     distributed = parallel.use_distributed_optimizer
     parameters = gradients = updated = largest = 0
     for number, chunk in enumerate(chunks):
         bucketed = parallel.overlap_grad_reduce and stage == 0 and number == 0
         bucket_size = max(40_000_000, 1_000_000 * dp) if bucketed else None
-        buffer = buffer_of(chunk, dp=dp, dp_rank=dp_rank, bucket_size=bucket_size, distributed=distributed)
-        frozen = sum(parameter.numel for parameter in chunk if not parameter.trained)
-        parameters += (buffer.numel + frozen) * itemsize
-        gradients += buffer.numel * 4
-        updated += buffer.shard
-        largest = max(largest, buffer.numel * itemsize)
+        parameters += sum(parameter.numel for parameter in chunk if not parameter.trained) * itemsize
+        for size, wanted in ((1, True), (itemsize, False)):
+            part = [parameter for parameter in chunk if in_fp8(parameter) == wanted]
+            buffer = buffer_of(part, dp=dp, dp_rank=dp_rank, bucket_size=bucket_size, distributed=distributed)
+            parameters += buffer.numel * size
+            gradients += buffer.numel * 4
+            updated += buffer.shard
+            largest = max(largest, buffer.numel * size)
     main = 4 * updated if itemsize < 4 else 0
     trained = sum(parameter.numel for chunk in chunks for parameter in chunk if parameter.trained)
     return StateBytes(parameters, gradients, main, 8 * updated, largest, trained, updated)

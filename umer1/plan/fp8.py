@@ -26,16 +26,19 @@ _OF_INPUTS = {"tensorwise": 1.0, "delayed": 1.0, "blockwise": 1 + 4 / 128, "mxfp
 _OF_WEIGHTS = _OF_INPUTS | {"blockwise": 1 + 4 / 128**2}
 
 
+def multiplies_in_fp8(fp8: FP8Config, parameter: Parameter, num_layers: int) -> bool:
+    """Whether a parameter is a matrix of an FP8 product."""
+    found = _MATRIX.fullmatch(parameter.name) if fp8.fp8_format else None
+    return found is not None and not fp8.keeps_in_bf16(int(found[1]), num_layers)
+
+
 def weight_bytes(fp8: FP8Config, chunks: list[list[Parameter]], num_layers: int) -> int:
-    """Of both copies of a rank's matrices, beyond its weights in bf16; FP8 weights have none in bf16."""
+    """Of both copies of a rank's matrices and their scales, beyond its weights; FP8 weights are one of the copies."""
     if fp8.fp8_format is None:
         return 0
-    numbers = 0
-    for parameter in (parameter for chunk in chunks for parameter in chunk):
-        found = _MATRIX.fullmatch(parameter.name)
-        if found and not fp8.keeps_in_bf16(int(found[1]), num_layers):
-            numbers += parameter.numel
-    return int(numbers * (2 * _OF_WEIGHTS[fp8.fp8_recipe] - (2 if fp8.fp8_param_gather else 0)))
+    parameters = (parameter for chunk in chunks for parameter in chunk)
+    numbers = sum(each.numel for each in parameters if multiplies_in_fp8(fp8, each, num_layers))
+    return int(numbers * (2 * _OF_WEIGHTS[fp8.fp8_recipe] - fp8.fp8_param_gather))
 
 
 def saved_change(fp8: FP8Config, *, norms: float, attention: float, product: float, itemsize: int) -> int:

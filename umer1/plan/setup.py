@@ -11,7 +11,7 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.frames import Frames
 from umer1.plan.activations import Kernel
 from umer1.plan.buffers import StateBytes, offloaded, state_bytes
-from umer1.plan.fp8 import weight_bytes
+from umer1.plan.fp8 import multiplies_in_fp8, weight_bytes
 from umer1.plan.hardware import Hardware
 from umer1.plan.layout import Layout
 from umer1.plan.parameters import Parameter, stage_parameters
@@ -64,13 +64,20 @@ class Setup:
 
     def states(self, stage: int, dp_rank: int = 0) -> StateBytes:
         """What stays from step to step on a rank of pipeline stage `stage`."""
+        fp8, num_layers = self.config.fp8, self.model.num_layers
         states = state_bytes(
-            self.chunks(stage), self.parallel, stage=stage, dp=self.layout.dp, itemsize=self.itemsize, dp_rank=dp_rank
+            self.chunks(stage),
+            self.parallel,
+            stage=stage,
+            dp=self.layout.dp,
+            itemsize=self.itemsize,
+            dp_rank=dp_rank,
+            in_fp8=lambda parameter: fp8.fp8_param_gather and multiplies_in_fp8(fp8, parameter, num_layers),
         )
         return offloaded(states, device=self.device) if self.config.optimizer.optimizer_cpu_offload else states
 
     def fp8_weights(self, stage: int) -> int:
-        """What the FP8 copies of a rank's matrices take beside its weights."""
+        """What FP8 copies of a rank's matrices take beside its weights, which may be such copies."""
         return weight_bytes(self.config.fp8, self.chunks(stage), self.model.num_layers)
 
     @property

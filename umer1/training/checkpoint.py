@@ -20,6 +20,7 @@ from umer1.checkpoints.search import find_checkpoint, read_json
 from umer1.checkpoints.sharded_state import read_sharded
 from umer1.checkpoints.shards import ShardTaker
 from umer1.checkpoints.source import model_differences
+from umer1.distributed.fp8_weights import cast_main_weights, set_main_weights
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory, asset_texts
@@ -198,10 +199,12 @@ class Checkpointer:
                 )
             weights_only = True
         self._check_fit(path, manifest, models, None if weights_only else optimizer)
-        read_sharded(path, models, None if weights_only else optimizer, self.state)
+        unrounded = read_sharded(path, models, None if weights_only else optimizer, self.state)
         self.loaded_from = path
         if weights_only:
             optimizer.reload_model_params()
+            set_main_weights(optimizer, unrounded)
+            cast_main_weights(optimizer, models)
             self._say(f"weights from {path}; optimizer, schedule and iteration start anew")
             return None
         scheduler.load_state_dict(extra["scheduler"])

@@ -89,15 +89,6 @@ class StageConfig:
                 found.append("fp8_param_gather does not go with optimizer_cpu_offload; leave one of them away")
             if not self.parallel.use_distributed_optimizer:
                 found.append("fp8_param_gather needs use_distributed_optimizer, which casts its weights to FP8")
-            found += [
-                f"fp8_param_gather does not go with {name}: weights in FP8 have no way into files or out of them yet"
-                for name, value in (
-                    ("save", self.checkpoint.save),
-                    ("load", self.checkpoint.load),
-                    ("export_hf", self.model.export_hf),
-                )
-                if value is not None
-            ]
         return found
 
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from umer1 import device
 from umer1.configuration import to_yaml
+from umer1.distributed.fp8_weights import finish_gather
+from umer1.distributed.optimizer_checkpoint import rounded_main_weights
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.evaluation.curves import plot_training
@@ -105,6 +107,7 @@ class Trainer:
         overlapped = [model for model in self.models if model.ddp_config.overlap_param_gather]
         for model in overlapped:
             model.disable_forward_pre_hook(param_sync=True)
+            finish_gather(model)
         try:
             yield
         finally:
@@ -272,7 +275,8 @@ class Trainer:
         if where:
             with self.watch.phase("exporting"), self.settled():
                 models, documents = [unwrap(model) for model in self.models], self.documents(where)
-                save_hf(models, self.directory, where, self.state, documents=documents)
+                rounded = rounded_main_weights(self.optimizer, wanted=self.state.dp_rank == 0)
+                save_hf(models, self.directory, where, self.state, documents=documents, of_fp8=rounded)
         if self.state.rank == 0:
             self.say(self.source.report())
         self.plot()

@@ -52,7 +52,7 @@ def join(shards: list[torch.Tensor], row: Row, config: Qwen2VLConfig) -> list[to
 class Assembler:
     """Brings rows of the table, whole, to rank 0; collective over the first data-parallel replica, one row at a time.
 
-    `weights`: table name -> this rank's parameter.
+    `weights`: table name -> this rank's parameter, or what stands for it, in host memory perhaps.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], config: Qwen2VLConfig, parallel: ParallelState):
@@ -80,7 +80,8 @@ class Assembler:
 
     def _gather(self, row: Row) -> list[torch.Tensor] | None:
         """The row's Hugging Face tensors, whole, on tensor-parallel rank 0; None on the others."""
-        local, config, parallel = self.weights[row.name].detach(), self.config, self.parallel
+        config, parallel = self.config, self.parallel
+        local = self.weights[row.name].detach().to(parallel.device)
         shards = [local]
         size, rank = shares(row, parallel)
         if size > 1:

@@ -8,12 +8,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from umer1.distributed.fp8_weights import is_fp8
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.fp8 import fill
@@ -26,6 +28,7 @@ from umer1.models.qwen2_vl.weight_table import Row, first_name, hf_shapes, hub_n
 
 logger = logging.getLogger(__name__)
 
+_NO_FP8: Mapping[torch.nn.Parameter, torch.Tensor] = MappingProxyType({})
 # Parameters that a trainer hangs on the model and that are no part of Qwen2-VL.
 _NOT_OF_THE_MODEL = ("log_scale",)
 
@@ -63,16 +66,18 @@ def load_hf(
         raise AssertionError(f"parameters without a row in the weight table: {sorted(by_name)}")
 
 
-def export_hf(models: list[torch.nn.Module], parallel: ParallelState) -> Iterator[tuple[str, torch.Tensor]]:
+def export_hf(
+    models: list[torch.nn.Module], parallel: ParallelState, of_fp8: Mapping[torch.nn.Parameter, torch.Tensor] = _NO_FP8
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hub name, whole CPU tensor) on rank 0, in the table's order and the parameters' dtype.
 
     Collective over the first data-parallel replica: every rank must exhaust the iterator, the others yield nothing.
-    Rank 0 holds one tensor (and its pieces) at a time.
+    Rank 0 holds one tensor (and its pieces) at a time.  of_fp8: weight in FP8 -> what stands for it, on any device.
     """
     if parallel.dp_rank != 0:
         return
     config = unwrap(models[0]).model_config
-    assembler = Assembler(named_weights(models), config, parallel)
+    assembler = Assembler(_outgoing(models, of_fp8), config, parallel)
     for row in exported_rows(config):
         for name, tensor in zip(row.hf, assembler.assemble(row), strict=parallel.rank == 0):
             yield name, tensor.cpu()
@@ -85,7 +90,7 @@ def stream_hf(models: list[torch.nn.Module], parallel: ParallelState) -> Iterato
     A rank holds one row of the table at a time.  What is yielded may be a parameter itself: copy it, don't write to it.
     """
     config = unwrap(models[0]).model_config
-    weights = named_weights(models)
+    weights = _outgoing(models, _NO_FP8)
     dtype = next(iter(weights.values())).dtype
     assembler = Assembler(weights, config, parallel) if parallel.dp_rank == 0 else None
     shapes = hf_shapes(config)
@@ -158,10 +163,11 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     documents: Mapping[str, str] | None = None,
+    of_fp8: Mapping[torch.nn.Parameter, torch.Tensor] = _NO_FP8,
 ) -> None:
     """Write weights (Hub names, `dtype` or the parameters' own) and `source`'s assets to `destination`; collective.
 
-    documents: relative path -> text of further files; those of rank 0 count.
+    documents: relative path -> text of further files; those of rank 0 count.  of_fp8: as in `export_hf`.
     An earlier export there is replaced in one step.  Raises UserError on every rank when rank 0 could not write.
     """
     destination = Path(destination).absolute()
@@ -170,7 +176,7 @@ def save_hf(
     writer = None
     if parallel.rank == 0:
         writer = DirectoryWriter(destination, source, dtype, max_shard_bytes, documents or {})
-    for name, tensor in export_hf(models, parallel):
+    for name, tensor in export_hf(models, parallel, of_fp8):
         writer.add(name, tensor)
     agree(writer.finish() if writer else None, parallel)
 
@@ -202,6 +208,16 @@ def named_weights(models: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter
                 _, _, local, rest = name.split(".", 3)
                 name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
             found[first_name(name)] = parameter
+    return found
+
+
+def _outgoing(
+    models: list[torch.nn.Module], of_fp8: Mapping[torch.nn.Parameter, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`named_weights` as they leave the run: none in FP8, whose 3 bits of mantissa are no weight to hand on."""
+    found = {name: of_fp8.get(parameter, parameter) for name, parameter in named_weights(models).items()}
+    if in_fp8 := [name for name, tensor in found.items() if is_fp8(tensor)]:
+        raise ValueError(f"nothing stands for {len(in_fp8)} weights in FP8, e.g. {in_fp8[0]}")
     return found
 
 
