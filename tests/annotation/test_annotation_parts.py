@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -11,13 +13,14 @@ import pytest
 from data_tools import tiny_directory, write_picture, write_records
 
 from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
-from umer1.annotation.client import Answer, Refused, seconds_of
+from umer1.annotation.client import Answer, Client, Refused, seconds_of
 from umer1.annotation.config import FilterConfig, InputFile
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
 from umer1.annotation.samples import Broken, side_key
 from umer1.annotation.selection import balanced_quotas
 from umer1.annotation.sources import read_samples
+from umer1.annotation.teacher_config import TeacherConfig
 from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
@@ -202,6 +205,8 @@ def test_frames_are_spread_in_natural_order(tmp_path):
     # the same places as in a video file and in evaluation: rounded down
     places = [int(name[3:-4]) for name in Library(MediaRoot(tmp_path), num_frames=4, folder="e").frames("v", "")]
     assert places == [9, 10, 11, 100]
+    write_picture(tmp_path, "u/1²3.png", 28, 28)  # a letter that counts as a digit, and is no number
+    assert library.frames("u", "") == ("u/1²3.png",)
     for name in ("w", "v/f9.png", "\ud83d"):
         with pytest.raises(BadSample, match="missing_file"):
             library.frames(name, "")
@@ -245,6 +250,21 @@ def test_frames_of_a_video_file_are_written_once(tmp_path, monkeypatch):
         with pytest.raises(BadSample) as caught:
             library.frames(name, "clips")
         assert caught.value.cause == cause
+
+
+def test_a_refusal_before_the_whole_request_was_read():
+    """A proxy answers 413 by the header alone and closes: the side is refused at once, not asked again and again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        config = TeacherConfig(endpoint=address, teacher_model="toy", max_attempts=1)
+        assert Client(config, None, threading.Event()).ask(b"x" * 10**7) == Refused("status 413: big")
 
 
 def test_retry_after_forms():

@@ -99,6 +99,13 @@ def test_the_card_says_what_a_file_is(tmp_path):
     write_readme(tmp_path / "set", {"first": {"test": "../../etc/*"}})
     with pytest.raises(UserError, match="leads out of the data set's folder"):
         find_annotation(tmp_path, ["set"], subset="first")
+    write_readme(tmp_path / "set", {"first": {"test": ""}})
+    with pytest.raises(UserError, match="README.md: data_files '' is no pattern"):
+        find_annotation(tmp_path, ["set"], subset="first")
+    for front in ("a: 2025-13-45", "a: " + "[" * 100_000):
+        (tmp_path / "set/README.md").write_text(f"---\n{front}\n---\n")
+        with pytest.raises(UserError, match="README.md cannot be read"):
+            find_annotation(tmp_path, ["set"])
 
 
 def test_the_first_place_counts_and_all_are_named_where_none_has_it(tmp_path):

@@ -16,6 +16,7 @@ from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
 from umer1.errors import UserError
+from umer1.progress import clock
 
 _WRITTEN_TOGETHER = 512  # most answers that one fsync makes durable
 _LAST_MOMENTS = 3.0  # seconds that a run which ends early waits for answers under way
@@ -154,11 +155,11 @@ class Progress:
         if self.now() - self.last >= self.config.progress_seconds:
             self.last = self.now()
             rate = self.asked / max(self.last - self.start, 1e-9)
-            self._print(f"{rate:.1f}/s, ETA {_clock((self.total - self.done) / rate)}")
+            self._print(f"{rate:.1f}/s, ETA {clock((self.total - self.done) / rate)}")
 
     def finish(self) -> None:
         seconds = self.now() - self.start
-        self._print(f"{self.asked:,} asked in {_clock(seconds)} ({self.asked / max(seconds, 1e-9):.1f}/s)")
+        self._print(f"{self.asked:,} asked in {clock(seconds)} ({self.asked / max(seconds, 1e-9):.1f}/s)")
 
     def cost(self) -> float:
         journal, config = self.journal, self.config
@@ -172,11 +173,6 @@ class Progress:
         if self.config.input_token_price or self.config.output_token_price:
             parts.append(f"cost {self.cost():,.2f}")
         print(f"umer1 annotate: {', '.join(parts)}", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _short(count: int) -> str:

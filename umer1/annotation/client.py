@@ -109,7 +109,10 @@ class Client:
             timer.daemon = True
             timer.start()
             connection.sock.settimeout(self.config.request_timeout_seconds + 1)
-            connection.request("POST", self._path, body, headers)
+            try:
+                connection.request("POST", self._path, body, headers)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # a server that reads no further (413) has said why, mostly
             response = connection.getresponse()
             content = response.read(_MAX_REPLY_BYTES + 1)
             if expired.is_set():  # a body that only the connection's end bounds looks whole

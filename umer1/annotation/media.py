@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import re
 import shutil
 import time
 import warnings
@@ -14,7 +13,7 @@ from PIL import Image
 
 from umer1.atomic_directory import aside_path, publish
 from umer1.data.bad_samples import BadSample
-from umer1.data.media import FORMATS, MAX_FILE_BYTES, MediaRoot
+from umer1.data.media import FORMATS, MAX_FILE_BYTES, MediaRoot, natural_order
 from umer1.data.video_files import MAX_VIDEO_BYTES, frame_places, is_video_file, sample_frames
 from umer1.files import atomic_path
 
@@ -49,7 +48,7 @@ class Library:
         if is_video_file(relative) and not os.path.isdir(self.media.resolve(relative)):
             return self._frames_of_file(relative)
         try:
-            names = sorted(filter(_is_frame, os.listdir(self.media.resolve(relative))), key=_natural)
+            names = sorted(filter(_is_frame, os.listdir(self.media.resolve(relative))), key=natural_order)
         except (OSError, ValueError) as error:  # ValueError: a name that no file system has
             reason = error.strerror if isinstance(error, OSError) else error
             raise BadSample("missing_file", f"{relative!r} is no folder of frames: {reason}") from None
@@ -78,7 +77,7 @@ class Library:
                 publish(aside, path)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        return tuple(f"{folder}/{name}" for name in sorted(os.listdir(path), key=_natural))
+        return tuple(f"{folder}/{name}" for name in sorted(os.listdir(path), key=natural_order))
 
     def _keep(self, content: bytes) -> str:
         if len(content) > MAX_FILE_BYTES:
@@ -100,11 +99,6 @@ def _below(folder: str, path: str) -> str:
 
 def _is_frame(name: str) -> bool:
     return name.lower().endswith(_FRAME_NAMES) and not name.startswith(".")
-
-
-def _natural(name: str) -> list:
-    """frame10 stands behind frame9."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _ending(content: bytes) -> str:

@@ -147,6 +147,12 @@ def _open_regular(path: str, relative: str, max_bytes: int) -> BinaryIO:
     raise BadSample("missing_file", f"{relative!r} is not a regular file")
 
 
+def natural_order(name: str) -> tuple[list, str]:
+    """What to sort file names by: frame10 stands behind frame9, letters without regard to case."""
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part.lower() for place, part in enumerate(parts)], name
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as users of Qwen2-VL prepare it: EXIF orientation applied, alpha composited on white."""
     image.load()

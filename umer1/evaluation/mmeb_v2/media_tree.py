@@ -5,15 +5,13 @@ link counts as missing, as opening it would fail (data/media.py).
 """
 
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from umer1.data.bad_samples import BadSample
-from umer1.data.media import MediaRoot
+from umer1.data.media import MediaRoot, natural_order
+from umer1.data.video_files import frame_places
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.tables import Annotation, find_annotation
 from umer1.evaluation.mmeb_v2.types import Item
@@ -78,11 +76,11 @@ class MediaTree:
 
     def files(self, folder: str) -> list[str]:
         """Names of a folder's files in natural order; none where there is no such folder."""
-        return sorted(self._scan(clean(folder))[0], key=_natural)
+        return sorted(self._scan(clean(folder))[0], key=natural_order)
 
     def folders(self, folder: str) -> list[str]:
         """Names of a folder's folders in natural order; none where there is no such folder."""
-        return sorted(self._scan(clean(folder))[1], key=_natural)
+        return sorted(self._scan(clean(folder))[1], key=natural_order)
 
     def frames(self, folder: str, num_frames: int | None) -> tuple[str, ...]:
         """Paths of a saved video's frames: `num_frames` evenly spaced ones, all where there are fewer or None is given.
@@ -91,9 +89,8 @@ class MediaTree:
         """
         folder = clean(folder)
         names = [name for name in self.files(folder) if name.lower().endswith(FRAME_NAMES)] if folder else []
-        if num_frames is not None and num_frames <= len(names):
-            names = [names[place] for place in np.linspace(0, len(names) - 1, num_frames, dtype=int)]
-        return tuple(f"{folder}/{name}" for name in names)
+        places = range(len(names)) if num_frames is None else frame_places(len(names), num_frames)
+        return tuple(f"{folder}/{names[place]}" for place in places)
 
     def image_item(self, text: str, paths: Iterable[str]) -> Item:
         """An item with pictures, each path relative to the root."""
@@ -149,9 +146,3 @@ def clean(path: str) -> str:
     """A relative path with single slashes and no dots; "" for one that is absolute or climbs."""
     parts = [part for part in path.split("/") if part not in ("", ".")]
     return "" if path.startswith("/") or ".." in parts or "\0" in path else "/".join(parts)
-
-
-def _natural(name: str) -> tuple[list, str]:
-    """frame10 stands behind frame9; letters without regard to case."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if place % 2 else part.lower() for place, part in enumerate(parts)], name

@@ -105,7 +105,7 @@ def _from_readme(folder: Path, subset: str | None, split: str) -> list[Path]:
         front = yaml.safe_load(head.removeprefix("---")) if rest and head.startswith("---") else None
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'README.md'} cannot be read: {error}") from None
     configs = front.get("configs") if isinstance(front, dict) else None
     for config in configs if isinstance(configs, list) else []:
@@ -131,7 +131,10 @@ def _split_patterns(data_files: Any, split: str) -> list[str]:
 def _inside(folder: Path, pattern: str) -> list[Path]:
     if pattern.startswith("/") or ".." in pattern.split("/"):
         raise UserError(f"{folder / 'README.md'}: data_files {pattern!r} leads out of the data set's folder")
-    return [file for file in folder.glob(pattern) if file.suffix in ENDINGS]
+    try:
+        return [file for file in folder.glob(pattern) if file.suffix in ENDINGS]
+    except (ValueError, IndexError) as error:  # "" and ".", as pathlib has it
+        raise UserError(f"{folder / 'README.md'}: data_files {pattern!r} is no pattern ({error})") from None
 
 
 def _literal(name: str) -> str:
