@@ -100,6 +100,13 @@ def all_parts() -> list[Part]:
             needs=TRAINING,
             reserve=40,
         ),
+        Part(
+            name="fp8_weights",
+            command=("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/test_fp8_gpu.py"),
+            limit=90,
+            needs=(*TRAINING, "pytest", "transformer_engine"),
+            reserve=25,
+        ),
     ]
 
 

@@ -19,7 +19,7 @@ from umer1.checkpoints.source import load_model_weights, open_model
 from umer1.data.dataset import PairDataset
 from umer1.data.loader import DataConfig
 from umer1.data.packing import pack
-from umer1.distributed.fp8_weights import distributed_parts
+from umer1.distributed.fp8_weights import distributed_parts, is_fp8
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.losses.contrastive import LossConfig
 from umer1.models.fp8 import FP8Config
@@ -62,7 +62,7 @@ class Run:
         self.checkpointer = Checkpointer(CheckpointConfig(**checkpoint), state, self.directory)
         sides = torch.cat([batch.supervised_sides for batch in batches])
         self.totals = Totals(4, (int((sides == 0).sum()), int((sides == 1).sum())))
-        self.batches = batches[2 * state.dp_rank : 2 * state.dp_rank + 2]
+        self.batches = [each.to(state.device) for each in batches[2 * state.dp_rank : 2 * state.dp_rank + 2]]
 
     def step(self):
         for model in self.models:
@@ -92,7 +92,7 @@ class Run:
             if isinstance(weight, StandInFP8Tensor):
                 parts = {"bytes": weight._data, "scale": weight._scale_inv, "transposed": weight._transpose}
             else:
-                parts = {"value": weight.detach()}
+                parts = {"value": weight.detach().dequantize() if is_fp8(weight) else weight.detach()}
             found |= {f"{name} {part}": tensor.clone() for part, tensor in parts.items()}
         for part in distributed_parts(self.optimizer):
             for weight, (group, index) in part.model_param_group_index_map.items():

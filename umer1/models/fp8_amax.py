@@ -81,7 +81,8 @@ def set_scaling_state(module: Any, state: torch.Tensor) -> None:
     """Put a `scaling_state` back, in place; of a longer history the newest rows, to a shorter one zeros before them."""
     sizes = [scale.numel() for _, (_, scale) in _delayed(module)]
     for (_, (history, scale)), part in zip(_delayed(module), state.split(sizes, dim=1), strict=True):
-        # Row 0 is the one that the next pass writes: it is zero between two steps.
+        # Row 0 is the one that the next pass writes: it is zero between two steps.  (A weight in FP8 has the largest
+        # value of its last cast there; so it has after a load, for it is cast anew.)
         rows = min(len(history), len(part) - 1) - 1
         history.zero_()
         history[len(history) - rows :].copy_(part[len(part) - 1 - rows : -1])
