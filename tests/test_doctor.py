@@ -41,6 +41,13 @@ def test_what_a_child_does_is_told(snippet, status, words):
     assert found.status == status and words in found.detail, found
 
 
+def test_another_interpreter_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("UMER1_VLLM_PYTHON", "/nowhere/python")
+    found = run(replace(GOOD, python="UMER1_VLLM_PYTHON"))
+    assert found.status == "failed"
+    assert found.detail == "/nowhere/python, which UMER1_VLLM_PYTHON names: No such file or directory"
+
+
 def test_one_that_hangs_is_ended_with_its_children(tmp_path):
     mark = tmp_path / "alive"
     child = f"import time\ntime.sleep(3)\nopen({str(mark)!r}, 'w')"

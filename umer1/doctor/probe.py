@@ -69,16 +69,20 @@ def run(probe: Probe) -> Finding:
     environment = dict(os.environ)
     if probe.path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(probe.path), environment.get("PYTHONPATH")]))
-    child = subprocess.Popen(
-        [os.environ.get(probe.python) or sys.executable, "-c", _HEAD + probe.snippet],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,
-    )
+    python = os.environ.get(probe.python) or sys.executable
+    try:
+        child = subprocess.Popen(
+            [python, "-c", _HEAD + probe.snippet],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Finding(probe, "failed", detail=f"{python}, which {probe.python} names: {error.strerror}")
     try:
         out, errors = child.communicate(timeout=probe.seconds)
     except subprocess.TimeoutExpired:
