@@ -75,7 +75,7 @@ class PolicyTrainer(StepTrainer):
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
         self.reference = Reference(self.models)
-        self.heldout, self.signals, self.seconds = None, None, {}
+        self.heldout, self.seconds = None, {}
         self.completions = random_responses(case.pairs * 2 * case.group, case.response, case.model, ids, seed=1)
 
 

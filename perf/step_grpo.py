@@ -82,7 +82,7 @@ class StepTrainer(GRPOTrainer):
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
         self.balance = RolloutBalance(config, directory.config, state)
         self.reference = Reference(self.models)
-        self.heldout, self.signals, self.seconds = None, None, {}
+        self.heldout, self.seconds = None, {}
         self.completions = random_responses(pairs * 2 * self.group, length, directory.config, ids, config.run.seed)
 
     def engine_at_work(self):

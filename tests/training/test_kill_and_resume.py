@@ -176,6 +176,19 @@ def test_a_signal_saves_and_leaves(setting, undisturbed, tmp_path, number, flags
     assert_identical(tmp_path, undisturbed)
 
 
+def test_a_signal_while_the_run_starts_is_remembered(setting, tmp_path):
+    """A job that is preempted then has not failed: it saves after its first step, and goes back into the queue."""
+    process = start(setting, tmp_path)
+    beat = tmp_path / "run" / "heartbeat" / "rank-0.json"
+    deadline = time.monotonic() + 120
+    while not beat.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    assert json.loads(beat.read_text())["step"] == 0
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM after iteration 1; the same command goes on" in finish(process)
+
+
 def test_ranks_end_with_a_killed_launcher(setting, tmp_path):
     """Orphans would go on training and save beside the run that replaces them."""
     process = start(setting, tmp_path, processes=2)

@@ -30,7 +30,6 @@ from umer1.training.reference import Reference, read_reference
 from umer1.training.rollout_log import log_rollouts
 from umer1.training.schedule import run_schedule
 from umer1.training.scoring import ScoredRound, Scorer
-from umer1.training.signals import SignalWatch
 from umer1.training.trainer import Trainer
 from umer1.training.watch import Watch
 
@@ -81,7 +80,6 @@ class GRPOTrainer(Trainer):
         self.seconds: dict[str, float] = {}
         self.not_logged: list[dict[str, Any]] = []  # records of steps since the last log line
         self.slowest: dict[str, float] = {}  # straggler report of the interval that ends
-        self.signals: SignalWatch | None = None
         self.phase.working, self.phase.waiting = self.watch.beat, self.watch.waits
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -90,7 +88,6 @@ class GRPOTrainer(Trainer):
         """Train, evaluate and save at their intervals and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of data, which can describe it
             self.say(self.describe())
-        self.signals = SignalWatch()
         self.parity_is_due = True
         try:
             if self.iteration == 0 or self.evaluation_is_due:  # of the start, or one that a signal broke off
@@ -105,7 +102,7 @@ class GRPOTrainer(Trainer):
                         record |= self.evaluate()
                 finally:
                     self.log(record)
-                number = self.agree_on_signal(self.signals)
+                number = self.agree_on_signal()
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
                     self.save(last=bool(number) or self.finished)
                 if number and not self.finished:
@@ -119,7 +116,6 @@ class GRPOTrainer(Trainer):
             self.roll_back_and_save()
             raise
         finally:
-            self.signals.close()
             self.source.close()
             self.phase.engine.close()
             self.close_checkpoints()
@@ -196,7 +192,7 @@ class GRPOTrainer(Trainer):
         """Answers under the trainer's weights; dead engines are started anew with them, a bounded number of times."""
 
         def stop() -> bool:
-            return bool(self.signals and self.signals.received)
+            return bool(self.watch.signals.received)
 
         while True:
             try:
@@ -207,7 +203,7 @@ class GRPOTrainer(Trainer):
                 with self.watch.phase("generating"):
                     return self.phase.run(requests, sampling, stop)
             except EngineDied as error:
-                if self.signals and self.agree_on_signal(self.signals):
+                if self.agree_on_signal():
                     raise Interrupted("no engine is started anew by a run that leaves") from None
                 self.restarts += 1
                 self.engine_is_current, self.parity_is_due = False, True
@@ -369,7 +365,7 @@ class GRPOTrainer(Trainer):
 
     def leave_mid_rollout(self) -> None:
         """A signal came during a rollout: the step is given up, and will be made anew."""
-        number = self.agree_on_signal(self.signals)
+        number = self.agree_on_signal()
         self.roll_back_and_save()
         self.plot()
         where = f"the rollouts of iteration {self.iteration + 1}"

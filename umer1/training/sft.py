@@ -21,7 +21,6 @@ from umer1.training.flops import peak_flops, step_flops
 from umer1.training.forward_step import NUM_STATISTICS, SFTStep, Totals, current_log_scale
 from umer1.training.grad_cache import forward_backward
 from umer1.training.optimizer import step_if_finite
-from umer1.training.signals import SignalWatch
 from umer1.training.trainer import Trainer
 from umer1.training.watch import Watch
 
@@ -58,7 +57,6 @@ class SFTTrainer(Trainer):
         """Train, save every `save_interval` steps and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of batches, which can describe them
             self.say(self.describe())
-        signals = SignalWatch()
         interval: list[dict[str, Any]] = []
         try:
             while self.iteration < self.config.optimizer.train_iters:
@@ -67,7 +65,7 @@ class SFTTrainer(Trainer):
                 if self.is_logged:
                     self.log(interval)
                     interval = []
-                number = self.agree_on_signal(signals)
+                number = self.agree_on_signal()
                 if number or self.finished or self.checkpointer.is_due(self.iteration):
                     self.save(last=bool(number) or self.finished)
                 if number and not self.finished:
@@ -75,7 +73,6 @@ class SFTTrainer(Trainer):
                     self.say_stopped(number, f"after iteration {self.iteration}")
                     return
         finally:
-            signals.close()
             self.source.close()
             self.close_checkpoints()
             if self.logger:

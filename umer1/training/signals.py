@@ -1,5 +1,7 @@
 """SIGTERM (a scheduler's or a user's) and SIGUSR1 (a warning before the time limit): save at the next step, leave.
 
+One that comes while the run starts is remembered until the first step; one during the last export changes nothing.
+
 A rank whose launcher was killed ends as well: an orphan would train on, and save beside the run that replaces it.
 """
 
@@ -25,16 +27,19 @@ def end_with_launcher() -> None:
 
 
 class SignalWatch:
-    """Remembers the first signal; the loop looks at `received` once a step and all ranks agree on it."""
+    """A context manager that remembers the first signal; the loop looks at it once a step and all ranks agree on it."""
 
     def __init__(self):
         self.received: int = 0
-        self._before = {number: signal.signal(number, self._note) for number in LEAVE}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
-    def close(self) -> None:
+    def __enter__(self) -> "SignalWatch":
+        self._before = {number: signal.signal(number, self._note) for number in LEAVE}
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Give the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)

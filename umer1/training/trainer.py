@@ -28,7 +28,7 @@ from umer1.training.checkpoint import Checkpointer
 from umer1.training.metrics import MetricsLogger
 from umer1.training.offending import LossWatch, list_samples
 from umer1.training.optimizer import build_optimizer
-from umer1.training.signals import SignalWatch, tell_job_script
+from umer1.training.signals import tell_job_script
 from umer1.training.stragglers import straggler_report
 from umer1.training.watch import Watch
 
@@ -126,13 +126,13 @@ class Trainer:
         with self.watch.phase("saving a checkpoint"), self.settled():
             self.checkpointer.save(self.iteration, self.models, self.optimizer, self.scheduler, extra, last=last)
 
-    def agree_on_signal(self, signals: SignalWatch) -> int:
+    def agree_on_signal(self) -> int:
         """The signal that any rank has received, 0 for none.
 
         Raises UserError on all ranks when a checkpoint in the background could not be written.
         """
         with self.watch.phase("waiting for all ranks after a step"):
-            mine = torch.tensor([signals.received, int(self.checkpointer.failed)], device=self.state.device)
+            mine = torch.tensor([self.watch.signals.received, int(self.checkpointer.failed)], device=self.state.device)
             dist.all_reduce(mine, op=dist.ReduceOp.MAX)
             number, failed = mine.tolist()
             if failed:

@@ -1,4 +1,4 @@
-"""What looks on while a run starts and trains: heartbeats, the hang time-out, timers of each rank's own work, profiles.
+"""What looks on while a run starts and trains: signals, heartbeats, the hang time-out, timers, profiles.
 
 Nothing here touches a tensor of the model or a generator: curves are the same bits with all of it on.
 """
@@ -22,6 +22,7 @@ from umer1.training.batches import raise_together
 from umer1.training.hang import HangWatch, look_interval
 from umer1.training.heartbeat import Heartbeat, clear
 from umer1.training.profiling import StepProfiler
+from umer1.training.signals import SignalWatch
 from umer1.training.watch_config import WatchConfig
 
 
@@ -75,6 +76,7 @@ class Watch:
         self.own = {name: Stopwatch() for name in own}
         self.heart: Heartbeat | None = None
         self.profiler: StepProfiler | None = None
+        self.signals = SignalWatch()
         self._stack = ExitStack()
         self._phases: list[str] = []
         self._spent: dict[str, float] = {}  # seconds by phase since they were taken, from the first step on
@@ -87,8 +89,10 @@ class Watch:
         return cls(config.watch, hang_seconds, config.checkpoint.save, state, own)
 
     def __enter__(self) -> "Watch":
-        folder = self._agree_on_folder()
         with ExitStack() as stack:
+            # A start takes minutes, and a job that is preempted in one has not failed.
+            stack.enter_context(self.signals)
+            folder = self._agree_on_folder()
             self.heart = Heartbeat(folder / "heartbeat", self.state.rank, look_interval(self.hang_seconds))
             stack.enter_context(self.heart)
             stack.enter_context(HangWatch(self.heart, self.state.world_size, self.hang_seconds))
