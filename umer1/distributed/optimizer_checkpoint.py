@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from umer1 import device as devices
 from umer1.distributed.fp8_weights import distributed_parts, is_fp8
 
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -141,6 +142,7 @@ def rounded_main_weights(optimizer: Any, *, wanted: bool) -> dict[torch.nn.Param
     shapes = rounded_shapes(optimizer) if wanted else {}
     found = {parameter: torch.empty(shape.shape, dtype=shape.dtype) for parameter, shape in shapes.items()}
     gather_states(optimizer, [(shape, found[parameter]) for parameter, shape in shapes.items()])
+    devices.synchronize()
     return found
 
 
