@@ -174,6 +174,15 @@ def test_thinning_keeps_every_spike():
     assert set(kept) <= set(curve)
 
 
+@pytest.mark.parametrize("last", [7, 9_999, 100_000, 1_000_000])
+def test_labels_of_steps_do_not_meet_each_other_or_the_edge(last):
+    text = chart.line_chart("t", [(0, "run", [(0, 1.0), (last, 2.0)])])
+    labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="middle">([^<]+)<', text)
+    halves = [(float(middle), 6.6 * len(label) / 2) for middle, label in labels]  # pixels of a digit at 11
+    assert halves[-1][0] + halves[-1][1] <= chart.WIDTH
+    assert all(x + half < other - width for (x, half), (other, width) in zip(halves, halves[1:], strict=False)), labels
+
+
 @pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [1e-12, 2e-12], [-1e9, 1e9], [5.0, 5.0 + 1e-9]])
 def test_charts_of_any_scale(values):
     text = chart.line_chart("t", [(0, "run", list(enumerate(values)))])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 330, 190  # about the pixels of a chart where four stand in a row: text keeps its size
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 8, 24
 _TICKS = 6  # at most
 _POINTS = 300  # buckets of a curve, each of which keeps its lowest and its highest value
 
@@ -25,7 +25,7 @@ def line_chart(title: str, curves: Sequence[tuple[int, str, Curve]]) -> str:
             for tick in ys.ticks()
         ),
         *(
-            f'<text x="{xs(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>'
+            f'<text x="{xs(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_step(tick)}</text>'
             for tick in xs.ticks(whole=True)
         ),
     ]
@@ -56,6 +56,11 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e7:
         return f"{int(value):,}"
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def _step(tick: float) -> str:
+    """Short, so that six stand beside each other and the last one within the picture."""
+    return f"{tick / 1000:g}k" if abs(tick) >= 10_000 else f"{tick:,g}"
 
 
 class _Axis:
