@@ -130,6 +130,18 @@ def test_a_resume_goes_on_with_the_same_steps_and_counts(data, tmp_path, workers
     assert sorted(log.read_text().splitlines()) == sorted((tmp_path / "whole.jsonl").read_text().splitlines())
 
 
+def test_a_line_that_names_no_data_set_is_replaced_by_a_pair_of_another(tmp_path):
+    """It has nobody of its own to take its place, and must not end a run of a million good ones."""
+    lines = [record(i) for i in range(23)] + ["\x00 no JSON"]
+    loader = make_loader(write_records(tmp_path / "a.jsonl", lines, lines=True))
+    steps = [loader.next() for _ in range(6)]
+    assert not any(step.failure for step in steps)
+    bad = [entry for step in steps for entry in step.bad]
+    assert bad and {(entry.index, entry.dataset, entry.cause) for entry in bad} == {(23, "", "bad_record")}
+    for step in steps:
+        assert len(set(step.indices.tolist())) == len(step.indices) and 23 not in step.indices
+
+
 def test_a_data_set_without_usable_pairs_stops_every_rank(tmp_path):
     records = [record(i) for i in range(16)]
     for item in records:

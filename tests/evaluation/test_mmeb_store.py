@@ -20,11 +20,13 @@ def test_damaged_vectors_are_named_and_made_anew_once_they_are_removed(tmp_path)
     store.finish(side, Done([Encoded(number, str(number), rows[number], None) for number in range(2)], [], 1.0))
     assert store.has(side)
     np.testing.assert_array_equal(store.read(side.name, side.fingerprint, side.mode).embeddings, rows)
+    with pytest.raises(UserError, match=f"data {'f' * 64}, not {'0' * 64}.; use another --output"):
+        store.read(side.name, "0" * 64, side.mode)
     path = store.vectors_path(side.name)
     content = bytearray(path.read_bytes())
     content[200] ^= 4
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"MSVD_qry_disc.npz: .*damaged.*remove it"):
+    with pytest.raises(UserError, match=r"MSVD_qry_disc.npz cannot be read \(damaged.*once it is removed"):
         store.read(side.name, side.fingerprint, side.mode)
     path.unlink()
     assert not store.has(side)

@@ -21,6 +21,7 @@ from umer1.inference.engine import EngineConfig, load_engine, make_processor, op
 from umer1.inference.inputs import Input
 from umer1.inference.planning import plan_batches
 from umer1.inference.runner import Runner, inspect_together
+from umer1.progress import Progress
 
 _MAX_INPUTS = 1024  # of a batch; tokens and patches bound it before
 _NUM_WORKERS = 2  # threads that decode pictures ahead of the model
@@ -115,8 +116,10 @@ class Difficulty:
                 num_groups=state.dp_size,
             )
             model = load_engine(self.engine, directory, processor, state)
-            options = {"generation": None, "skip_bad": True, "num_workers": _NUM_WORKERS}
+            progress = Progress("umer1 annotate", sum(map(len, batches)), unit="sides ranked")
+            options = {"generation": None, "skip_bad": True, "num_workers": _NUM_WORKERS, "progress": progress}
             encoded, _ = Runner(model, inputs, self.media, **options).run(batches)
+            progress.finish()
         for item in encoded:
             if not np.isfinite(item.embedding).all():
                 raise UserError(f"{self.engine.model}: states are not finite; bf16 may be too narrow (try --fp32)")

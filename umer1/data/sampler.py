@@ -79,13 +79,16 @@ class BlockSampler:
     def replacement(self, step: int, slot: int, attempt: int, index: int) -> int:
         """A pair of `index`'s data set to try in its place; the same at any layout and after a resume.
 
-        Pairs that stand in this batch anyway are passed over while the data set has others.
+        Pairs that stand in this batch anyway are passed over while there are others.  Once all of the data set were
+        tried, those of the other data sets are: a line that cannot be read is a data set of its own.
         """
-        members = self._members[int(self.name_ids[index])]
-        others = np.setdiff1d(members, self.batch(step), assume_unique=True)
-        pool = others if len(others) else members
+        members, batch = self._members[int(self.name_ids[index])], self.batch(step)
+        pool, place = np.setdiff1d(members, batch, assume_unique=True), attempt - 1
+        if place >= len(pool):
+            rest = np.setdiff1d(np.arange(len(self.name_ids)), np.concatenate([members, batch]))
+            pool, place = (rest, place - len(pool)) if len(rest) else (pool if len(pool) else members, place)
         order = shuffled(len(pool), self.seed, "replacement", step, slot)
-        return int(pool[order[(attempt - 1) % len(pool)]])
+        return int(pool[order[place % len(pool)]])
 
     def notes(self) -> list[str]:
         """What the user should know about this data and these sizes."""

@@ -19,16 +19,16 @@ def save_vectors(path: str | Path, keys: list, embeddings: np.ndarray, *, model:
 
 def load_vectors(path: str | Path, *, model: str, data: str, mode: str) -> tuple[list, np.ndarray]:
     """(keys, embeddings); UserError naming a file that is damaged, or of another model, data version or mode."""
+    wanted = {"model": model, "data": data, "mode": mode}
     try:
         arrays = read_arrays(path)
         embeddings, about = arrays["embeddings"], json.loads(arrays["about"].tobytes())
-        for name, value in {"model": model, "data": data, "mode": mode}.items():
-            if about[name] != value:
-                raise ValueError(f"{name} {about[name]}, not {value}")
-        if embeddings.dtype != np.float32 or embeddings.ndim != 2 or len(embeddings) != len(about["keys"]):
+        there, keys = {name: about[name] for name in wanted}, about["keys"]
+        if embeddings.dtype != np.float32 or embeddings.ndim != 2 or len(embeddings) != len(keys):
             raise ValueError("the embeddings are not float32, one for each key")
-        return about["keys"], embeddings
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the vectors asked for ({error}); remove it to have it made anew, or use another --output"
-        ) from None
+        raise UserError(f"{path} cannot be read ({error}); once it is removed, the next run makes it anew") from None
+    differ = [f"{name} {there[name]}, not {value}" for name, value in wanted.items() if there[name] != value]
+    if differ:
+        raise UserError(f"{path}: not the vectors asked for ({'; '.join(differ)}); use another --output")
+    return keys, embeddings
