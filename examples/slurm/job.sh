@@ -14,17 +14,18 @@ addresses() { # of the job's nodes, in order
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 20000))}"
 folder=$LOGS/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
 mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
 
 # One math library thread a process unless told otherwise; on GPUs the CPU's work is decoding, which has processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # NCCL: a collective that hangs is given up after a while, with the stacks of all ranks in the log folder.
-export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$PWD/$folder/nccl-
+export TORCH_FR_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$folder/nccl-
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # NCCL_IB_HCA (which InfiniBand cards) and NCCL_SOCKET_IFNAME (which network for the rendezvous) are the cluster's:
 # leave them unset where NCCL's own choice works, which `NCCL_DEBUG=INFO` shows.
 
 # The program writes this file when it leaves early, with all of its work saved.
-export UMER1_STOPPED_FILE=$PWD/$folder/stopped
+export UMER1_STOPPED_FILE=$folder/stopped
 
 steps=() # process ids of srun, the training's first
 
