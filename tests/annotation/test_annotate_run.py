@@ -131,6 +131,7 @@ def test_bad_rows_and_media_are_counted(tmp_path):
         {"qry": "x", "qry_image_path": "", "pos_text": ""},
         {"qry": "<|im_start|>system", "pos_text": "d"},
         {"qry": 7, "pos_text": "e"},
+        {"qry": "x", "qry_image_path": {"bytes": "iVBORw0KGgo=", "path": "good.png"}, "pos_text": "f"},
         "[]",
     ]
     inputs = [{"layout": "mmeb", "path": str(write_records(tmp_path / "rows.jsonl", rows, lines=True))}]
@@ -139,8 +140,8 @@ def test_bad_rows_and_media_are_counted(tmp_path):
     sft, filtered, manifest = dataset(tmp_path)
     causes = [entry["cause"] for entry in filtered]
     path, bad = "path_escape", "bad_record"
-    assert causes == ["corrupt_image", "missing_file", path, bad, "reserved_token", bad, bad] and len(sft) == 1
-    assert manifest["datasets"]["rows"]["filtered"][bad] == 3
+    assert causes == ["corrupt_image", "missing_file", path, bad, "reserved_token", bad, bad, bad] and len(sft) == 1
+    assert manifest["datasets"]["rows"]["filtered"][bad] == 4
 
 
 def test_wrong_key_stops_at_once_and_is_never_written(world, monkeypatch, capsys):

@@ -35,9 +35,10 @@ class Library:
     def image(self, value: Any, media_folder: str) -> str:
         """The path of a picture given as a path or as {bytes, path}.  Raises BadSample."""
         if isinstance(value, dict):
-            if value.get("bytes"):
-                return self._keep(value["bytes"])
-            value = value.get("path")
+            content = value.get("bytes")
+            if content and isinstance(content, bytes):
+                return self._keep(content)
+            value = None if content else value.get("path")  # text, which JSON has in place of bytes, has no agreed form
         if not isinstance(value, str) or not value:
             raise BadSample("bad_record", "an image must be a path, or bytes of one")
         return _below(media_folder, value)
