@@ -89,7 +89,7 @@ def test_names_without_modes_and_without_vectors(tmp_path):
     "line",
     ("[" * 100_000, '{"prediction": "a", "label": "a"}', *(
         f'{{"prediction": ["a"], "label": ["a"], "rel_scores": {scores}}}'
-        for scores in ("7", '["x"]', "[null]", "[[1]]", "[true]", "[NaN]", "[1, 2]")
+        for scores in ("7", '["x"]', "[null]", "[[1]]", "[true]", "[NaN]", "[1, 2]", "[1e999]", "[1%s]" % ("0" * 400))
     )),
 )  # fmt: skip
 def test_damaged_predictions_are_named(tmp_path, line):

@@ -10,7 +10,6 @@ Files without modes in their names (D_qry, D_tgt, D_info.jsonl, ...), as models 
 """
 
 import json
-import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ def _query(path: Path, line: dict[str, Any], names: str, label: str) -> Query:
 
 def _are_numbers(values: Any, count: int) -> bool:
     numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
-    return numbers and len(values) == count and all(map(math.isfinite, values))
+    return numbers and len(values) == count and all(abs(value) < 1e300 for value in values)
 
 
 def _read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
