@@ -59,6 +59,10 @@ CONFIGURATIONS = {
     "missing data file": ("--data-path nowhere.json", 1, ["nowhere.json", "does not exist"]),
     "empty model": ("--hf-model=", 1, ["hf_model must not be empty"]),
     "export below a file": (f"--export-hf {__file__}/x", 1, ["cannot be written", "not a directory"]),
+    **{
+        f"{flag} that the system refuses": (f"--{flag} {'x' * 300}", 1, ["xxx cannot be looked at: File name too long"])
+        for flag in ("load", "data-path", "data-root", "hf-model", "export-hf")
+    },
     "data root is no directory": ("--data-root nowhere", 1, ["data_root=nowhere"]),
     "uncached with budgets": (
         "--no-cached-contrastive --max-tokens-per-micro-batch 99",

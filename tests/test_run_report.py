@@ -154,6 +154,8 @@ def test_wrong_commands_are_one_message(tmp_path):
     (tmp_path / "empty" / "metrics.jsonl").write_text("nothing\n")
     with pytest.raises(UserError, match=r"is no training run(.|\n)*no record of a step \(1 damaged"):
         command.main([str(tmp_path), str(tmp_path / "empty"), "--output", str(tmp_path / "x.html")])
+    with pytest.raises(UserError, match="x{300}.* cannot be read: File name too long"):
+        command.main([f"long={tmp_path / ('x' * 300)}"])
     with pytest.raises(UserError, match="several runs need --output"):
         command.main([f"a={run}", f"b={run}"])
     with pytest.raises(UserError, match="two runs are called 'run'"):

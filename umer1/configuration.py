@@ -285,11 +285,19 @@ def load_config(
     config = config_class()  # its defaults: a stage may have other ones than its sections
     for name, given in grouped.items():
         setattr(config, name, dataclasses.replace(getattr(config, name), **given))
-    problems += config.violations()
-    problems += [problem for problem in further(config) if problem not in problems]
+    problems += _broken(config.violations)
+    problems += [problem for problem in _broken(lambda: further(config)) if problem not in problems]
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _broken(rules: Callable[[], list[str]]) -> list[str]:
+    """What they say; a path that the system refuses to look at, in a closed folder for example, is a problem too."""
+    try:
+        return rules()
+    except OSError as error:
+        return [f"{error.filename or 'a path'} cannot be looked at: {error.strerror or error}"]
 
 
 def to_yaml(config: Any) -> str:

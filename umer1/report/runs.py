@@ -36,9 +36,9 @@ class Run:
 def read_run(name: str, path: Path) -> Run:
     """UserError where `path` holds no metrics.jsonl with at least one record."""
     metrics = path / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(f"{path} is no training run: it has no metrics.jsonl; give the directory that was --save")
     try:
+        if not metrics.is_file():
+            raise UserError(f"{path} is no training run: it has no metrics.jsonl; give the directory that was --save")
         records, damaged = _records(metrics)
     except OSError as error:
         raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
