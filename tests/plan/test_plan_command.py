@@ -110,6 +110,9 @@ def test_a_run_that_does_not_fit(capsys):
         command.main(argv)
     assert ended.value.code == 1
     assert "PROBLEM: a training step takes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--hardware", "h100", "--headline"])
+    assert capsys.readouterr().out.endswith("not measured. It does not fit.\n")
 
 
 def test_all_problems_at_once(tmp_path):

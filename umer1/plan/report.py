@@ -176,9 +176,10 @@ def headline(plan: Plan) -> str:
         engine = f" ({plan.rollout_bytes / GIB:.0f} GiB while vLLM generates)"
     host = sum(plan.host.values()) / GIB
     beside = f" and {host:.0f} GiB of the host's" if host else ""
+    verdict = " It does not fit." if plan.problems() else ""
     return (
         f"{setup.world_size} x {setup.hardware.name}: {plan.peak_bytes / GIB:.0f} GiB of each{engine}{beside}, "
-        f"{plan.seconds:.1f} s a step; estimated by `umer1 plan`, not measured."
+        f"{plan.seconds:.1f} s a step; estimated by `umer1 plan`, not measured.{verdict}"
     )
 
 
