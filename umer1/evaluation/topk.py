@@ -101,12 +101,15 @@ def _merge_blocks(
     # queries are read once where they take little of the budget, else once for every block of candidates
     small = len(queries.array) * queries.row_bytes() <= budget // 4
     kept = [queries.read(part) for part in parts] if small else None
+    # One place for all products: memory that is fresh for each would be mapped and zeroed by the system first.
+    products = torch.empty(parts[0].stop * columns, dtype=queries.dtype, device=queries.place)
     for taken in candidates.slices(columns):
         block = candidates.read(taken, height=columns)
         count = taken.stop - taken.start
         for index, part in enumerate(parts):
             own = kept[index] if kept is not None else queries.read(part)
-            scores = (own @ block.T).float()
+            scores = products[: len(own) * columns].view(len(own), columns)
+            scores = torch.mm(own, block.T, out=scores).float()
             scores[:, count:] = -torch.inf  # the padding
             best[part], found[part] = _merge(best[part], found[part], scores, taken.start)
         progress(count)
