@@ -5,11 +5,11 @@ from typing import Any
 
 from memory_meter import allocations
 from plan_cases import row
-from step_grpo import FixedPrompts, StepTrainer, random_responses
-from synthetic import directory_of, fill_randomly, random_prompts
+from step_grpo import StepTrainer
+from synthetic import directory_of, random_prompts
 
 from umer1.data.loader import DataConfig
-from umer1.distributed.parallel import ParallelConfig, ParallelState, init_distributed
+from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.plan.grpo_memory import grpo_memory
 from umer1.plan.hardware import HARDWARE
@@ -17,14 +17,9 @@ from umer1.plan.setup import Setup
 from umer1.plan.workload import PolicyWork, Side, imagine_rollouts
 from umer1.rl.config import RolloutConfig
 from umer1.rl.types import Completion
-from umer1.training.build import ModelConfig, build_training_model
+from umer1.training.build import ModelConfig
 from umer1.training.optimizer import OptimizerConfig
-from umer1.training.policy_batches import SpecialIds
 from umer1.training.policy_config import GRPOConfig
-from umer1.training.reference import Reference
-from umer1.training.scoring import Scorer
-from umer1.training.trainer import Trainer
-from umer1.training.watch import Watch
 
 
 @dataclass(kw_only=True)
@@ -62,29 +57,12 @@ class PolicyCase:
         return imagine_rollouts(self.model, [side] * len(grouped), grouped, self.config().data)
 
 
-class PolicyTrainer(StepTrainer):
-    """The trainer's step over a case's rollouts."""
-
-    def __init__(self, case: PolicyCase, prompts: list, state: ParallelState):
-        config, directory = case.config(), directory_of(case.model)
-        models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
-        fill_randomly(models)
-        watch = Watch.of(config, state, self.own_phases)
-        Trainer.__init__(self, config, directory, state, watch, FixedPrompts(prompts), models)
-        special = directory.special
-        ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
-        self.scorer = Scorer(config, ids, directory.tokenizer, state)
-        self.reference = Reference(self.models)
-        self.heldout, self.seconds = None, {}
-        self.completions = random_responses(case.pairs * 2 * case.group, case.response, case.model, ids, seed=1)
-
-
 def compare_policy(case: PolicyCase) -> dict[str, Any]:
     """On each rank: the peak of two steps as it was predicted and as it was."""
     with init_distributed(ParallelConfig(**case.parallel), seed=1) as state:
         prompts = random_prompts(directory_of(case.model), case.pairs, seed=1, **case.prompt)
         with allocations() as peak:
-            trainer = PolicyTrainer(case, prompts, state)
+            trainer = StepTrainer(case.config(), case.model, prompts, state)
             for _ in range(2):
                 trainer.train_step()
         works = case.works(trainer.completions)

@@ -69,21 +69,20 @@ class FixedPrompts:
 class StepTrainer(GRPOTrainer):
     """The trainer's step without its program: no engine, no files, no logs, no checkpoints."""
 
-    def __init__(self, config: GRPOConfig, model_name: str, state: ParallelState):
-        directory = directory_of(MODELS[model_name])
-        pairs, _, _, length, sizes = SIZES[model_name]
+    def __init__(self, config: GRPOConfig, model: Qwen2VLConfig, prompts: list[PromptPair], state: ParallelState):
+        directory = directory_of(model)
         models = build_training_model(config.model, config.parallel, directory, state, weights_follow=True)
         fill_randomly(models)
-        source = FixedPrompts(random_prompts(directory, pairs, seed=config.run.seed, **sizes))
         watch = Watch.of(config, state, self.own_phases)
-        Trainer.__init__(self, config, directory, state, watch, source, models)
+        Trainer.__init__(self, config, directory, state, watch, FixedPrompts(prompts), models)
         special = directory.special
         ids = SpecialIds(special.im_end, special.gen_emb, (special.image_pad, special.video_pad))
         self.scorer = Scorer(config, ids, directory.tokenizer, state)
         self.balance = RolloutBalance(config, directory.config, state)
         self.reference = Reference(self.models)
         self.heldout, self.seconds = None, {}
-        self.completions = random_responses(pairs * 2 * self.group, length, directory.config, ids, config.run.seed)
+        length = config.rollout.max_completion_length
+        self.completions = random_responses(len(prompts) * 2 * self.group, length, model, ids, config.run.seed)
 
     def engine_at_work(self):
         return nullcontext()
@@ -147,7 +146,9 @@ def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
     """A row of the record."""
     config = settings(model_name, fp32=precision == "fp32")
     with init_distributed(config.parallel, seed=config.run.seed) as state:
-        trainer = StepTrainer(config, model_name, state)
+        model, (pairs, *_, sizes) = MODELS[model_name], SIZES[model_name]
+        prompts = random_prompts(directory_of(model), pairs, seed=config.run.seed, **sizes)
+        trainer = StepTrainer(config, model, prompts, state)
         tokens, flops = work_of(trainer)
         records, peak = time_steps(trainer.train_step, steps)
         seconds = median_of(records, "seconds")

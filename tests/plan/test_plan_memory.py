@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "perf"))
 from plan_cases import Case, compare, made_pairs, shape
+from plan_policy_case import PolicyCase, compare_policy
 
 from umer1.data.loader import DataConfig
 from umer1.data.packing import pack
@@ -49,10 +50,27 @@ def drawn_case(seed: int) -> Case:
     )
 
 
-def test_prediction_within_ten_per_cent():
+def drawn_policy_case(seed: int) -> PolicyCase:
+    """GRPO in one process, of the same kind of sizes."""
+    draw, like = random.Random(seed), drawn_case(seed)
+    return PolicyCase(
+        name="drawn",
+        world_size=1,
+        model=like.model,
+        pairs=2,
+        group=4,
+        micro_batch=draw.choice((2, 4, 8)),
+        response=draw.randrange(64, 200),
+        prompt={"text": draw.randrange(40, 160), "grid": (16, draw.choice((8, 12, 16)))},
+        parallel=like.parallel,
+    )
+
+
+@pytest.mark.parametrize(("drawn", "run"), [(drawn_case, compare), (drawn_policy_case, compare_policy)])
+def test_prediction_within_ten_per_cent(drawn, run):
     seed = random.SystemRandom().randrange(10**6)
-    case = drawn_case(seed)
-    row = compare(case)
+    case = drawn(seed)
+    row = run(case)
     error = row["predicted_bytes"] / row["measured_bytes"] - 1
     assert abs(error) < 0.1, f"seed {seed}: {100 * error:+.1f}%, {case}: {row}"
 
