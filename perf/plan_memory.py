@@ -107,6 +107,14 @@ CASES = [
 ]
 
 
+def measured(case: Case | PolicyCase) -> list[dict]:
+    """A row a rank.  Several ranks run twice, and a rank's smaller peak counts: what gloo's threads free is not always
+    seen (memory_meter.py), which can only add."""
+    run = compare if isinstance(case, Case) else compare_policy
+    found = [run_distributed(run, case.world_size, case, timeout=280) for _ in range(min(case.world_size, 2))]
+    return [min(rows, key=lambda row: row["measured_bytes"]) for rows in zip(*found, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of cases; default: all of them")
@@ -117,9 +125,7 @@ def main() -> None:
     for case in CASES:
         if options.only and case.name not in options.only:
             continue
-        rows = run_distributed(
-            compare if isinstance(case, Case) else compare_policy, case.world_size, case, timeout=280
-        )
+        rows = measured(case)
         for row in rows:
             row["error"] = row["predicted_bytes"] / row["measured_bytes"] - 1
             worst = max(worst, abs(row["error"]))
