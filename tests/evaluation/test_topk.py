@@ -51,6 +51,20 @@ def test_candidates_in_a_file_and_real_vectors(tmp_path):
     np.testing.assert_array_equal(scores, want_scores.astype(np.float32), err_msg=f"seed {FRESH}")
 
 
+def test_arrays_as_they_come_and_stay():
+    rng = np.random.default_rng(FRESH)
+    rows = rng.integers(-2, 3, (90, 6)).astype(np.float32)
+    locked = rows.copy()
+    locked.flags.writeable = False
+    for form in (rows, rows[::-1], rows[:, ::-1], rows[::2], np.asfortranarray(rows), rows.astype(np.float16), locked):
+        before = form.copy()
+        scores, indices = top_k(form[:5], form, 4)
+        want_scores, want = plain(before[:5], before, 4)
+        np.testing.assert_array_equal(indices, want, err_msg=f"seed {FRESH}")
+        np.testing.assert_array_equal(scores, want_scores, err_msg=f"seed {FRESH}")
+        np.testing.assert_array_equal(form, before)
+
+
 def test_the_same_vector_scores_the_same_wherever_it_stands():
     rng = np.random.default_rng(FRESH)
     rows = rng.normal(size=(300, 48)).astype(np.float32)

@@ -80,12 +80,16 @@ class _Side:
 
     def read(self, part: slice, height: int = 0) -> torch.Tensor:
         """The rows of `part`, rounded to float32, then zeros up to `height` rows; of `dtype`."""
-        block = torch.from_numpy(np.array(self.array[part], dtype=np.float32)).to(self.place)
+        # What is float32 in memory is taken as it stands; torch takes no array that must not be written to (a map's).
+        rows = np.require(self.array[part], dtype=np.float32, requirements=["C", "W"])
+        block = torch.from_numpy(rows).to(self.place)
         finite = torch.isfinite(block.sum(dim=1))
         if not finite.all():
             bad = (part.start + torch.nonzero(~finite)[:8, 0]).tolist()
             raise ValueError(f"{self.name}: rows {bad} are not finite")
-        return torch.nn.functional.pad(block, (0, 0, 0, max(0, height - len(block)))).to(self.dtype)
+        if height > len(block):
+            block = torch.nn.functional.pad(block, (0, 0, 0, height - len(block)))
+        return block.to(self.dtype)
 
 
 def _merge_blocks(
