@@ -185,7 +185,7 @@ def machine_section(records: list[dict[str, Any]], plots: str) -> str:
     first = records[0]
     machine = first["machine"]
     lines = [f"## {machine['device']}", ""]
-    lines += [", ".join(f"{name} {value}" for name, value in machine.items() if name != "device") + ".", ""]
+    lines += [_described(machine) + ".", ""]
     lines += ["Versions: " + ", ".join(f"{name} {value}" for name, value in first["versions"].items()) + ".", ""]
     for record in records:
         if record["suite"] in STEPS:
@@ -205,8 +205,13 @@ def machine_section(records: list[dict[str, Any]], plots: str) -> str:
         ]
         measured = f" Load average at the start: {record['load_average']}."
         measured += f" Ceilings measured in this run: {', '.join(rates)}." if rates else ""
+        measured += "" if record["machine"] == machine else f" On another machine: {_described(record['machine'])}."
         lines += [f"`{record['command']}` at {record['commit'][:12]}{changed}, {record['date']}.{measured}", ""]
     return "\n".join(lines)
+
+
+def _described(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if name != "device")
 
 
 # ------------------------------------------------------------------------------------------------------------ targets

@@ -65,6 +65,12 @@ def nce() -> dict:
     return record("infonce", rows)
 
 
+def test_a_record_of_another_machine_says_so():
+    here, other = nce() | {"machine": {"device": "CPU", "cores": 2}}, record("topk", [row("umer1", 1.0, LARGE)], "CPU")
+    text = readme([here, other])
+    assert "## CPU\n\ncores 2.\n" in text and text.count("On another machine: cores 16.") == 1
+
+
 def test_nothing_is_claimed_without_a_gpu_record():
     text = readme([nce() | {"machine": {"device": "CPU"}}])
     assert "No kernel has run on a GPU yet" in text
