@@ -185,6 +185,12 @@ def test_labels_of_steps_do_not_meet_each_other_or_the_edge(last):
     assert all(x + half < other - width for (x, half), (other, width) in zip(halves, halves[1:], strict=False)), labels
 
 
+def test_a_short_curve_is_drawn_over_a_long_one():
+    curves = [(0, "short", [(0, 1.0), (1, 2.0)]), (1, "long", [(step, 1.5) for step in range(9)])]
+    text = chart.line_chart("t", curves)
+    assert text.index('class="line c1"') < text.index('class="line c0"')
+
+
 @pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [1e-12, 2e-12], [-1e9, 1e9], [5.0, 5.0 + 1e-9]])
 def test_charts_of_any_scale(values):
     text = chart.line_chart("t", [(0, "run", list(enumerate(values)))])

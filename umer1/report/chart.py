@@ -29,7 +29,7 @@ def line_chart(title: str, curves: Sequence[tuple[int, str, Curve]]) -> str:
             for tick in xs.ticks(whole=True)
         ),
     ]
-    for colour, name, curve in curves:
+    for colour, name, curve in sorted(curves, key=lambda each: -len(each[2])):  # a long one would hide those below it
         points = " ".join(f"{xs(step):.1f},{ys(value):.1f}" for step, value in thinned(curve))
         label = f"{name}: {number(curve[-1][1])} at step {curve[-1][0]}"
         line = f'<polyline class="line c{colour}" points="{points}"/>'
