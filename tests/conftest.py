@@ -22,5 +22,5 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, str(_SITE), os.e
 
 
 def pytest_collection_modifyitems(items):
-    """The folder with the longest tests first: begun last, they would keep one process busy while the others idle."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    """The folders with the longest tests first: begun last, they would keep one process busy while the others idle."""
+    items.sort(key=lambda item: not {"slurm", "training"} & set(item.path.parts))
