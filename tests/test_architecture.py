@@ -14,7 +14,7 @@ ALLOWED = {
     "device": set(),
     "progress": set(),
     "processes": set(),
-    "testing": set(),
+    "testing": {"device"},
     "distributed": BASE,
     "ops": {"errors", "device"},
     "losses": BASE | {"distributed", "ops"},

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from umer1 import device
+
 # What most ranks import, seconds of a core each time.  Without a GPU ranks are forks of one process that has it all
 # and has done nothing yet; with one they are new processes, since a look at the GPU must not come before a fork.
 _PRELOADED = ["umer1.training.grpo", "umer1.training.sft", "umer1.inference.engine"]
@@ -51,7 +53,7 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
     WORLD_SIZE are set and torch.distributed is initialised, so that `init_distributed` works as under torchrun.
     Raises RuntimeError with every failed rank's traceback, or after `timeout` seconds; no process is left behind.
     """
-    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context = torch.multiprocessing.get_context("spawn" if device.has_cuda() else "forkserver")
     context.set_forkserver_preload(_PRELOADED)
     settings = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     work = pickle.dumps((fn, args))  # as results are, and a process that is forked gets no more than 256 open files
