@@ -112,8 +112,7 @@ def _merge_blocks(
         count = taken.stop - taken.start
         for index, part in enumerate(parts):
             own = kept[index] if kept is not None else queries.read(part)
-            scores = products[: len(own) * columns].view(len(own), columns)
-            scores = torch.mm(own, block.T, out=scores).float()
+            scores = _product(own, block, products[: len(own) * columns].view(len(own), columns)).float()
             scores[:, count:] = -torch.inf  # the padding
             best[part], found[part] = _merge(best[part], found[part], scores, taken.start)
         progress(count)
@@ -130,10 +129,20 @@ def _sort_rows(
         own = queries.read(part)
         scores = torch.empty(len(own), num_candidates, device=own.device)
         for taken in candidates.slices(_BLOCK):
-            scores[:, taken] = own @ candidates.read(taken).T
+            block = candidates.read(taken)
+            scores[:, taken] = _product(own, block, own.new_empty(len(own), len(block)))
         ordered = torch.sort(scores, dim=1, descending=True, stable=True)
         best[part], found[part] = (kind[:, : best.shape[1]] for kind in (ordered.values, ordered.indices))
         progress(num_candidates * part.stop // num_queries - num_candidates * part.start // num_queries)
+
+
+def _product(queries: torch.Tensor, block: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """queries [q, D] times block [c, D]: `out` [q, c], filled."""
+    if out.device.type != "cpu":
+        return torch.mm(queries, block.T, out=out)
+    # By NumPy's OpenBLAS: on an AMD EPYC it makes 0.19 TFLOP/s of two cores where torch's MKL makes 0.13.
+    np.matmul(queries.numpy(), block.numpy().T, out=out.numpy())
+    return out
 
 
 def _merge(
