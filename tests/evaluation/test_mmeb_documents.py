@@ -97,6 +97,17 @@ def test_pages_are_written_once_and_never_over_a_file(tmp_path):
     assert len(before) == len(tables["corpus"]) and first == again
 
 
+def test_of_an_id_that_the_corpus_has_twice_the_first_picture_is_written(tmp_path):
+    """As in the reference evaluation, which writes no file that is there."""
+    rng = np.random.default_rng(FRESH)
+    tables = document_tables("ViDoRe_arxivqa", rng, 2)
+    tables["corpus"].append(tables["corpus"][0] | {"image": {"bytes": picture(rng), "path": None}})
+    write(tmp_path, "ViDoRe_arxivqa", tables)
+    read_task(TASKS["ViDoRe_arxivqa"], tmp_path)
+    written = (tmp_path / f"visdoc-tasks/ViDoRe_arxivqa/{tables['corpus'][0]['corpus-id']}.png").read_bytes()
+    assert written == tables["corpus"][0]["image"]["bytes"], FRESH
+
+
 def test_bytes_that_are_no_picture_are_missing(tmp_path):
     tables = document_tables("ViDoRe_arxivqa", np.random.default_rng(FRESH), 2)
     tables["corpus"][0]["image"]["bytes"] = b"%PDF-1.7"
@@ -205,6 +216,10 @@ def test_a_root_that_cannot_be_written(tmp_path):
         ("qrels", {"score": float("inf")}, "score must be a number, not inf"),
         ("qrels", {"score": 10**400}, "score must be a number, not 10"),
         ("queries", {"query": None}, "query 0 must be a string, not None"),
+        # pandas makes floats of a column of numbers that has a gap; 0.0 would be no page of the corpus's 0
+        ("qrels", {"corpus-id": 0.0}, "corpus-id must be a name or a number, not 0.0"),
+        ("qrels", {"corpus-id": None}, "corpus-id must be a name or a number, not None"),
+        ("queries", {"query-id": True}, "query-id must be a name or a number, not True"),
     ),
 )
 def test_rows_that_are_none(tmp_path, subset, change, message):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from umer1.data.media import FORMATS, MAX_FILE_BYTES
 from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.fields import name_field
 from umer1.evaluation.mmeb_v2.media_tree import MediaTree, clean
 from umer1.evaluation.mmeb_v2.tables import Annotation, combine
 from umer1.evaluation.mmeb_v2.types import Candidate, Item, Query, TaskData, TaskSpec
@@ -93,7 +94,8 @@ def read_documents(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData
     folders = spec.options["pictures"].get(place, spec.options["pictures"][""])
     relevant = _relevant(tables["qrels"])
     queries = [_query(row, relevant, tables["queries"]) for row in tables["queries"].rows(("query-id", "query"))]
-    corpus = [str(row["corpus-id"]) for row in tables["corpus"].rows(("corpus-id",))]
+    where = str(tables["corpus"].files[0])
+    corpus = [name_field(row, "corpus-id", where) for row in tables["corpus"].rows(("corpus-id",))]
     names = list(dict.fromkeys([name for query in queries for name in query.label_names] + corpus))
     paths = {name: _path(spec, tree, folders, name) for name in names}
     _extract(tables["corpus"], {name: path for name, path in paths.items() if not tree.has_file(path)}, tree)
@@ -113,14 +115,15 @@ def _find(spec: TaskSpec, tree: MediaTree) -> tuple[str, dict[str, Annotation]]:
 def _relevant(qrels: Annotation) -> dict[str, dict[str, float]]:
     """Query -> page -> score, of scores above 0; the highest where a pair is named twice."""
     found: dict[str, dict[str, float]] = {}
+    where = str(qrels.files[0])
     for row in qrels.rows(("query-id", "corpus-id", "score")):
-        query, page = str(row["query-id"]), str(row["corpus-id"])
+        query, page = (name_field(row, column, where) for column in ("query-id", "corpus-id"))
         try:
             score = float(row["score"])
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
-            raise UserError(f"{qrels.files[0]}: score must be a number, not {row['score']!r:.80}")
+            raise UserError(f"{where}: score must be a number, not {row['score']!r:.80}")
         if score > 0:
             pages = found.setdefault(query, {})
             pages[page] = max(pages.get(page, 0.0), score)
@@ -128,9 +131,11 @@ def _relevant(qrels: Annotation) -> dict[str, dict[str, float]]:
 
 
 def _query(row: dict[str, Any], relevant: dict[str, dict[str, float]], table: Annotation) -> Query:
+    where = str(table.files[0])
+    number = name_field(row, "query-id", where)
     if not isinstance(row["query"], str):
-        raise UserError(f"{table.files[0]}: query {row['query-id']!r} must be a string, not {row['query']!r}")
-    pages = relevant.get(str(row["query-id"]), {})
+        raise UserError(f"{where}: query {number} must be a string, not {row['query']!r}")
+    pages = relevant.get(number, {})
     names, scores = tuple(pages), tuple(pages.values())
     return Query(Item(f"{QUERY_TEXT} {row['query']}".strip()), names, names, label_is_list=True, rel_scores=scores)
 
@@ -159,7 +164,9 @@ def _extract(corpus: Annotation, wanted: dict[str, str], tree: MediaTree) -> Non
         for row in batch:
             path, image = wanted.get(str(row["corpus-id"])), row.get("image")
             content = image.get("bytes") if isinstance(image, dict) else image
-            if path is not None and clean(path) and isinstance(content, bytes) and _is_picture(content):
+            if path is None or not clean(path) or tree.has_file(path):  # there by now: an id that is named twice
+                continue
+            if isinstance(content, bytes) and _is_picture(content):
                 tree.write(path, content)
 
 
