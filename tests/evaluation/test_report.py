@@ -122,6 +122,12 @@ def test_compare_refuses_results_on_other_queries():
         compare({"a": result(0), "b": result(0, fingerprint="other")})
 
 
+def test_compare_names_a_result_of_the_other_benchmark(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({"benchmark": "mmeb-v2", "tasks": {}, "columns": {}}))
+    with pytest.raises(UserError, match="a result of --benchmark mmeb-v2, where one of --benchmark mini is needed"):
+        compare_main([f"a={tmp_path}"])
+
+
 def test_training_curves(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [

@@ -41,6 +41,8 @@ def read_result(path: str | Path) -> dict:
         raise UserError(
             f"{path}: cannot be read as a result ({error}); give what `umer1 eval --output` wrote"
         ) from None
+    if isinstance(result, dict) and result.get("benchmark") == "mmeb-v2":
+        raise UserError(f"{path}: a result of --benchmark mmeb-v2, where one of --benchmark mini is needed")
     if not isinstance(result, dict) or not {"benchmark", "tasks", "mean"} <= set(result):
         raise UserError(f"{path}: not a result of `umer1 eval`")
     return result
