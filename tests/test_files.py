@@ -1,5 +1,6 @@
 """Files that appear complete or not at all, and what killed writers leave."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,7 +8,8 @@ import sys
 
 import pytest
 
-from umer1.files import atomic_path, write_text
+from umer1.errors import UserError
+from umer1.files import alone_in, atomic_path, write_text
 
 KILLED = """
 import os, signal, sys
@@ -63,6 +65,18 @@ def test_files_of_other_machines_stay(tmp_path):
     foreign.write_text("half of")
     write_text(tmp_path / "run.json", "new")
     assert foreign.exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*run\.json'"), atomic_path(tmp_path / "run.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write has it
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="in use by another run"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
 
 
 def test_an_error_leaves_the_old_file(tmp_path):

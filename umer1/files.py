@@ -1,11 +1,12 @@
 """Files appear complete or not at all: write aside, fsync, rename."""
 
+import fcntl
 import json
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def atomic_path(path: str | Path):
             os.fsync(file.fileno())
         os.replace(aside, path)
         fsync_directory(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that a disk is full is said without a name
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -64,6 +68,30 @@ def make_folder(path: str | Path) -> None:
         raise UserError(f"{path} cannot be made a directory: {error.strerror}; choose another place") from None
 
 
+def lock_for_run(fd: int, path: str | Path) -> None:
+    """Take the lock of the open file or folder `path` until `fd` is closed; UserError where another run has it.
+
+    Where the file system has no locks, nothing is taken.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another run; wait for it, or choose another --output") from None
+    except OSError:
+        pass
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """A block in which no other run writes into a folder; UserError where one does."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        lock_for_run(fd, folder)
+        yield
+    finally:
+        os.close(fd)
+
+
 def not_written(what: str, folder: str | Path, cause: object) -> str:
     """What the user is told when `what` could not be written into `folder`."""
     try:
@@ -89,5 +117,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Readable JSON.  Half a surrogate pair, which names out of data files may hold, stays the escape that it was."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_text(path, text.encode("utf-8", "backslashreplace").decode())
+    write_text(path, _encodable(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
+
+
+def write_json_lines(path: str | Path, values: Iterable[Any]) -> None:
+    """The same, a line each."""
+    write_text(path, "".join(_encodable(json.dumps(value, ensure_ascii=False)) + "\n" for value in values))
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

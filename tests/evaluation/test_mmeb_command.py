@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 import umer1
-from umer1.errors import UserError
+from umer1.errors import ConfigError, UserError
 from umer1.evaluation.command import main
+from umer1.evaluation.mmeb_v2 import memory
+from umer1.files import alone_in
 from umer1.testing import run_distributed
 
 MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
@@ -75,6 +78,11 @@ def test_all_ways_of_scoring_and_the_reference_files(data, tmp_path, capsys):
     for scoring, run_results in (("disc-disc", disc), ("gen-gen", gen)):
         again = results(tmp_path / "again", f"results_{scoring}")
         assert without_seconds(again) == without_seconds(run_results), SEED
+    shutil.copytree(data, tmp_path / "bare", ignore=shutil.ignore_patterns("*.png", "*.jp*g"))
+    words = ["--data-root", str(tmp_path / "bare"), "--stored", str(out), "--output", str(tmp_path / "bare-again")]
+    main(["--benchmark", "mmeb-v2", *words, "--tasks", *sorted(set(TASKS) - {"QVHighlight"})])
+    for name, entry in results(tmp_path / "bare-again", "results_gen-gen")["tasks"].items():
+        assert entry == results(tmp_path / "again", "results_gen-gen")["tasks"][name], (SEED, name)
     scores = {name: results(tmp_path / "again", f"results_{name}")["tasks"] for name in ("oracle", "disc-gen")}
     for name in TASKS:
         least = max(disc["tasks"][name]["score"], gen["tasks"][name]["score"])
@@ -219,6 +227,64 @@ def test_names_that_are_no_unicode_ties_and_sides_of_which_nothing_is_left(tmp_p
     assert sorted(first["prediction"]) == ["e\u0301", "é", "é"] and second["prediction"] == ["one"]
     with pytest.raises(UserError, match="OK-VQA: nothing is left to be scored"):
         run(data, out, "--allow-missing", tasks=["OK-VQA"])
+
+
+def test_a_picture_whose_name_is_no_unicode_in_gen_mode(tmp_path):
+    """A name of bytes that are no UTF-8: it seeds the response and stands in the file of responses."""
+    data, out, name = tmp_path / "data", tmp_path / "out", os.fsdecode(b"\xff.png")
+    mmeb_folders.write_file(data / "image-tasks" / name, mmeb_folders.picture(np.random.default_rng(SEED)))
+    row = {"qry_inst": "", "qry_text": "", "qry_img_path": name, "tgt_inst": "", "tgt_text": [""]}
+    mmeb_folders.write_table(data / "image-tasks/CIRR/test.jsonl", [row | {"tgt_img_path": [name]}])
+    run(data, out, *GEN, tasks=["CIRR"])
+    (line,) = (out / "responses" / "CIRR_tgt_gen.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == f"CIRR/tgt/{name}:"
+
+
+def test_media_that_vanish_after_the_look_refuse_the_run(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    mmeb_folders.make_folders(data, ["VOC2007"], seed=SEED)
+
+    def survey(*arguments):
+        found = memory.survey(*arguments)
+        next((data / "image-tasks" / "VOC2007").glob("*.png")).unlink()
+        return found
+
+    monkeypatch.setattr("umer1.evaluation.mmeb_v2.command.survey", survey)
+    with pytest.raises(UserError, match="media are missing in 1 of 1 tasks"):
+        run(data, tmp_path / "out", tasks=["VOC2007"])
+
+
+def test_ctrl_c_says_that_it_goes_on(data, tmp_path, monkeypatch, capsys):
+    def survey(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("umer1.evaluation.mmeb_v2.command.survey", survey)
+    with pytest.raises(SystemExit, match="130"):
+        run(data, tmp_path)
+    assert "stopped; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_a_second_run_into_one_folder_is_refused(data, tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="in use by another run"):
+        run(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, messages",
+    (
+        (["--check", "--stored", "{data}"], ["check and stored are set; choose one"]),
+        (["--stored", "{data}", "--from-reference", "{data}"], ["stored and from_reference are set; choose one"]),
+        (["--unpickle"], ["unpickle needs --from-reference"]),
+        (["--from-reference", "{data}", "--output", "{data}/"], ["is what is scored; name another directory"]),
+        (["--stored", "{data}", "--max-queries", "2"], ["max_queries=2 is for runs of a model"]),
+        (["--data-root", "~/no", "--stored", "nil"], ["data_root='~/no' is not a dir", "stored='nil' is not a dir"]),
+    ),
+)
+def test_settings_that_do_not_go_together(data, tmp_path, flags, messages):
+    with pytest.raises(ConfigError) as error:
+        run(data, tmp_path, *(flag.format(data=data) for flag in flags))
+    for message in messages:
+        assert message in str(error.value)
 
 
 @pytest.mark.thorough

@@ -5,7 +5,6 @@ together and made durable before they count.  A last line without its end was be
 is cut off; a broken line anywhere else is damage, and refused.
 """
 
-import fcntl
 import json
 import os
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import Any
 
 from umer1.annotation.client import Answer, Refused
 from umer1.errors import UserError
-from umer1.files import fsync_directory
+from umer1.files import fsync_directory, lock_for_run
 
 _KINDS = {"answer": Answer, "refused": Refused}
 
@@ -31,10 +30,10 @@ class Journal:
         self._places: dict[bytes, tuple[int, int]] = {}  # key -> offset, length of the line
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock_for_run(self._fd, path)
+        except UserError:
             os.close(self._fd)
-            raise UserError(f"{path} is in use by another run; wait for it, or choose another --output") from None
+            raise
         self._load(settings)
 
     def __contains__(self, key: str) -> bool:

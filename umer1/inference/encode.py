@@ -9,9 +9,7 @@ written unless everything went well; inputs that cannot be embedded stop the com
 and listed in FILE.bad.jsonl (--skip-bad-inputs).
 """
 
-import json
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +20,7 @@ from umer1.configuration import help_text, load_config
 from umer1.data.media import MediaRoot
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import UserError
-from umer1.files import atomic_path, make_folder, write_text
+from umer1.files import atomic_path, make_folder, write_json_lines
 from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import bad_inputs_message, read_inputs
@@ -143,9 +141,9 @@ def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInp
             "its weights are damaged, or bf16 is too narrow for it (try --fp32); nothing was written"
         )
     if bad:
-        _write_lines(bad_path(config.output), (asdict(entry) for entry in sorted(bad, key=lambda entry: entry.line)))
+        write_json_lines(bad_path(config.output), map(asdict, sorted(bad, key=lambda entry: entry.line)))
     if config.mode == "gen":
-        _write_lines(responses_path(config.output), (item.response for item in encoded))
+        write_json_lines(responses_path(config.output), (item.response for item in encoded))
     with atomic_path(config.output) as aside, open(aside, "wb") as file:
         np.savez(
             file,
@@ -159,7 +157,3 @@ def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInp
     if bad:
         summary.append(f"{len(bad)} of {total} inputs left out, listed in {bad_path(config.output)}")
     print("umer1 encode: " + "; ".join(summary), file=sys.stderr, flush=True)
-
-
-def _write_lines(path: Path, records: Iterable[dict]) -> None:
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

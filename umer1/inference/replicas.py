@@ -42,19 +42,6 @@ def on_first(function: Callable[[], T], state: ParallelState) -> T:
     return outcome[0]
 
 
-def on_all(function: Callable[[], T], state: ParallelState) -> T:
-    """This rank's own `function()`; a UserError or OSError of any rank is a UserError on all of them; collective."""
-    value, failure = None, None
-    try:
-        value = function()
-    except (UserError, OSError) as error:
-        failure = str(error)
-    for found in share_with_all(failure, state):
-        if found is not None:
-            raise UserError(found)
-    return value
-
-
 def share_in_replica(value: Any, state: ParallelState) -> list[Any]:
     """The small `value` of every rank that holds a part of this copy of the model, on each of them; collective."""
     size = state.tp_size * state.pp_size

@@ -12,7 +12,7 @@ import torch
 
 def sample_key(seed: int, input_id: str, sample: int) -> int:
     """64-bit key of one sampled response."""
-    text = f"{seed}\0{input_id}\0{sample}".encode()
+    text = f"{seed}\0{input_id}\0{sample}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 

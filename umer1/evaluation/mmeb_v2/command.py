@@ -13,15 +13,22 @@ evaluation, results.json and results.txt.
     umer1 eval --benchmark mmeb-v2 --from-reference DIR --output DIR               files of the reference evaluation
 """
 
+import os
+import sys
+from contextlib import ExitStack
+
 from umer1.configuration import help_text, load_config
 from umer1.distributed.parallel import init_distributed
+from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.config import MMEBCommand
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report
 from umer1.evaluation.mmeb_v2.memory import Memory, survey
 from umer1.evaluation.mmeb_v2.registry import select
 from umer1.evaluation.mmeb_v2.run import encode_tasks
 from umer1.evaluation.mmeb_v2.scoring import Scorer, score_references, score_stored
-from umer1.files import make_folder
+from umer1.evaluation.mmeb_v2.types import TaskSpec
+from umer1.files import alone_in, make_folder
+from umer1.inference.replicas import on_first
 
 
 def main(argv: list[str]) -> None:
@@ -35,10 +42,27 @@ def main(argv: list[str]) -> None:
     if config.output:
         make_folder(config.output)
     if config.stored or config.from_reference:
-        (score_stored if config.stored else score_references)(config, specs, lambda text: print(text, flush=True))
+        score = score_stored if config.stored else score_references
+        try:
+            score(config, specs, lambda text: print(text, flush=True))
+        except OSError as error:
+            raise UserError(f"{config.output} cannot be written: {error}") from None
         return
-    with init_distributed(command.engine.parallel()) as state:
+    try:
+        _evaluate(command, specs)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("umer1 eval: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
+    """Look at the data of `specs`, and unless it is only to be checked, run the model over it."""
+    config = command.eval
+    with init_distributed(command.engine.parallel()) as state, ExitStack() as held:
         kept_in = None if config.check else config.output
+        if kept_in is not None:
+            on_first(lambda: held.enter_context(alone_in(kept_in)), state)
         memory = Memory(kept_in, config.data_root, command.engine.num_frames, config.max_queries)
         covered = survey(specs, memory, state)
         if config.check and state.rank == 0:
@@ -48,6 +72,7 @@ def main(argv: list[str]) -> None:
             return
         scorer = Scorer(command, state.device)
         sha256 = encode_tasks(command, specs, covered, state, memory, scorer)
+        text = on_first(lambda: scorer.report(sha256), state)
         if state.rank == 0:
-            print(scorer.report(sha256), flush=True)
+            print(text, flush=True)
         state.barrier()

@@ -1,6 +1,7 @@
 """The settings of `umer1 eval --benchmark mmeb-v2`, and their rules."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from umer1.evaluation.adaptive import AdaptiveRule
@@ -64,18 +65,29 @@ class MMEBConfig:
 
     def violations(self) -> list[str]:
         found = []
-        sources = [name for name in ("stored", "from_reference") if getattr(self, name) is not None]
-        if len(sources) == 2:
-            found.append("stored and from_reference are both set; choose one")
+        jobs = [name for name in ("check", "stored", "from_reference") if getattr(self, name)]
+        if len(jobs) > 1:
+            found.append(f"{' and '.join(jobs)} are set; choose one")
         if not self.output and not self.check:
             found.append("--output is required")
         if not self.data_root and not self.from_reference:
             found.append("--data-root is required")
+        for name in ("data_root", "stored", "from_reference"):
+            path = getattr(self, name)
+            if path and not Path(path).is_dir():
+                found.append(f"{name}={path!r} is not a directory")
         for name in ("save_every", "num_workers"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        source = self.stored or self.from_reference
+        if source and self.output and Path(source).resolve() == Path(self.output).resolve():
+            found.append(f"output={self.output!r} is what is scored; name another directory for its results")
         if self.max_queries is not None and self.max_queries < 1:
             found.append(f"max_queries={self.max_queries} must be 1 or above")
+        if self.max_queries is not None and source:
+            found.append(f"max_queries={self.max_queries} is for runs of a model; what is stored is scored whole")
+        if self.unpickle and not self.from_reference:
+            found.append("unpickle needs --from-reference")
         if not 0 < self.vllm_memory < 1:
             found.append(f"vllm_memory={self.vllm_memory} must be between 0 and 1")
         return found + [f"adaptive rule: {problem}" for problem in self.rule().violations()]

@@ -1,7 +1,7 @@
 """What of a task can be scored: media that are missing, what has to be left out without them, and the message."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.types import Query, TaskData, TaskSpec
@@ -140,8 +140,3 @@ def coverage_report(covered: list[Coverage], specs: list[TaskSpec]) -> str:
         rows.append([spec.name, spec.group, *(f"{number:,}" for number in numbers), state, entry.fingerprint[:12]])
     headers = ["task", "group", "queries", "candidates", "media missing", "queries lost", "state", "version"]
     return table(headers, rows)
-
-
-def described(entry: Coverage) -> dict:
-    """JSON."""
-    return asdict(entry)

@@ -20,7 +20,7 @@ from umer1.evaluation.mmeb_v2.media_tree import MediaTree
 from umer1.evaluation.mmeb_v2.readers import READERS
 from umer1.evaluation.mmeb_v2.types import TaskData, TaskSpec
 from umer1.files import write_text
-from umer1.inference.replicas import share_with_all
+from umer1.inference.replicas import on_first, share_with_all
 from umer1.progress import Progress
 
 _KNOWN = "known"
@@ -103,16 +103,20 @@ def survey(specs: list[TaskSpec], memory: Memory, state: ParallelState) -> list[
     progress = Progress("umer1 eval: coverage", len(specs), unit="tasks", enabled=state.rank == 0)
     for number in range(state.rank, len(specs), state.world_size):
         spec = specs[number]
-        known = memory.recall(spec)
         try:
+            known = memory.recall(spec)
             mine[number] = (known, _KNOWN) if known else memory.look(spec)[1:]
         except (UserError, OSError) as error:
             mine[number] = Coverage(spec.name, unreadable=str(error)), None
         progress.add(min(state.world_size, len(specs) - number))
     progress.finish()
     found = {number: entry for part in share_with_all(mine, state) for number, entry in part.items()}
-    if memory.folder and state.rank == 0:
+
+    def keep() -> None:
         for coverage, seen in found.values():
             if seen != _KNOWN:
                 memory.keep(coverage, seen)
+
+    if memory.folder:
+        on_first(keep, state)
     return [found[number][0] for number in range(len(specs))]

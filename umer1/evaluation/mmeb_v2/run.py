@@ -8,7 +8,7 @@ from umer1.data.media import MediaRoot
 from umer1.data.processor import Processor
 from umer1.distributed.parallel import ParallelState
 from umer1.evaluation.mmeb_v2.config import MMEBCommand
-from umer1.evaluation.mmeb_v2.coverage import Coverage, without_missing
+from umer1.evaluation.mmeb_v2.coverage import Coverage, check_coverage, without_missing
 from umer1.evaluation.mmeb_v2.encode import SideEncoder, make_side
 from umer1.evaluation.mmeb_v2.memory import Memory
 from umer1.evaluation.mmeb_v2.scoring import Scorer
@@ -57,7 +57,7 @@ def encode_tasks(
                 progress.skip(count)
                 continue
             # read once and sent to the others: they must not see media that came in between
-            task = on_first(lambda spec=spec: _look(spec, memory), state)
+            task = on_first(lambda spec=spec: _look(spec, memory, config.allow_missing), state)
             kept = without_missing(task, config.max_queries)
             for side, mode in modes.items():
                 wanted = make_side(kept, side, mode, hashes[side])
@@ -72,9 +72,11 @@ def encode_tasks(
     return sha256
 
 
-def _look(spec: TaskSpec, memory: Memory) -> TaskData:
+def _look(spec: TaskSpec, memory: Memory, allow_missing: bool) -> TaskData:
+    """The task as it is by now; UserError where media have gone since all tasks were looked at."""
     task, coverage, seen = memory.look(spec)
     memory.keep(coverage, seen)
+    check_coverage([coverage], allow_missing=allow_missing)
     return task
 
 

@@ -118,9 +118,12 @@ def earlier_entries(folder: str | Path, stem: str, model_sha256: str) -> dict[st
 
 
 def left(task: TaskData, queries: list[Stored], targets: list[Stored], max_queries: int | None) -> Kept:
-    """The task less what the disk does not have, and what some of the stored sides lost."""
-    lost_queries = {number: MISSING_MEDIA for number, query in enumerate(task.queries) if query.item.missing}
-    lost_candidates = {found.name: MISSING_MEDIA for found in task.candidates if found.item.missing}
+    """The task less what some of the stored sides lost, and what the disk does not have and they neither."""
+    numbers, names = ({*sides[0].keys}.intersection(*(side.keys for side in sides)) for sides in (queries, targets))
+    absent = [number for number, query in enumerate(task.queries) if query.item.missing and number not in numbers]
+    lost_queries = dict.fromkeys(absent, MISSING_MEDIA)
+    absent = [found.name for found in task.candidates if found.item.missing and found.name not in names]
+    lost_candidates = dict.fromkeys(absent, MISSING_MEDIA)
     for side in queries:
         lost_queries |= side.lost
     for side in targets:
@@ -138,7 +141,10 @@ def rows(side: Stored, keys: list) -> np.ndarray:
     places = {key: place for place, key in enumerate(side.keys)}
     absent = [key for key in keys if key not in places]
     if absent:
-        raise UserError(f"vectors are missing for {len(absent)} inputs, e.g. {absent[:3]}; use another --output")
+        raise UserError(
+            f"vectors are missing for {len(absent)} inputs, e.g. {absent[:3]}: their media were not there when the "
+            "others were made; run the model with another --output"
+        )
     return side.embeddings[[places[key] for key in keys]]
 
 

@@ -20,7 +20,7 @@ from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.encode import Side
 from umer1.evaluation.mmeb_v2.parts import Done, Parts
 from umer1.evaluation.mmeb_v2.vectors import load_vectors, save_vectors
-from umer1.files import write_json, write_text
+from umer1.files import write_json, write_json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +63,7 @@ class Store:
         """Write the side's files from all its results (by position), then drop its parts."""
         lines = [item.response for item in done.encoded if item.response is not None]
         if side.mode == "gen":
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_text(self.folder / "responses" / f"{side.name}.jsonl", text)
+            write_json_lines(self.folder / "responses" / f"{side.name}.jsonl", lines)
         save_vectors(
             self.vectors_path(side.name),
             [side.keys[item.position] for item in done.encoded],
