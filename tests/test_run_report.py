@@ -67,6 +67,13 @@ def test_one_run(tmp_path, capsys):
     assert not re.findall(r"(?:href|src)=|url\(|@import", text)
 
 
+def test_an_evaluation_of_its_own_does_not_hide_its_step(tmp_path):
+    """A resumed run that makes up for one notes it after the step's own record."""
+    run = make_run(tmp_path / "run", extra=json.dumps({"iteration": 40, "eval_reward": 0.5}) + "\n")
+    last = read_run("x", run).last
+    assert last["eval_reward"] == 0.5 and last["loss"] > 0 and last["train_iters"] == 40
+
+
 def test_several_runs_share_charts_and_tell_what_differs(tmp_path):
     runs = [make_run(tmp_path / name, lr=lr) for name, lr in (("one", 0.5), ("two", 0.25))]
     output = tmp_path / "both.html"
@@ -97,6 +104,17 @@ def test_damage_is_counted_and_told(tmp_path):
         assert said in words, said
     assert "mfu was not" not in words  # never measured here
     assert read_run("x", run).curves["loss"][-1][0] == 40
+
+
+def test_settings_and_counts_that_no_reader_takes(tmp_path):
+    """A date of no calendar, brackets without end, a list in itself, pairs without end: told, and the rest is there."""
+    for number, text in enumerate(("data: {seed: 2026-13-45}", "data: " + "[" * 5000, "data: {seed: &x [*x]}")):
+        run = make_run(tmp_path / str(number))
+        (run / "config.yaml").write_text(text)
+        (run / "run.json").write_text('{"pairs": {"toy": Infinity}}')
+        command.main([str(run)])
+        words = " ".join(Tags((run / "report.html").read_text()).words)
+        assert "config.yaml cannot be read" in words and "run.json cannot be read" in words and "loss" in words
 
 
 def test_numbers_that_no_axis_can_have(tmp_path):
@@ -183,6 +201,15 @@ def test_labels_of_steps_do_not_meet_each_other_or_the_edge(last):
     halves = [(float(middle), 6.6 * len(label) / 2) for middle, label in labels]  # pixels of a digit at 11
     assert halves[-1][0] + halves[-1][1] <= chart.WIDTH
     assert all(x + half < other - width for (x, half), (other, width) in zip(halves, halves[1:], strict=False)), labels
+
+
+@pytest.mark.parametrize("values", [(0, 1.7e6), (1e5, 1e5 + 1), (9.5e-5, 1.05e-4), (5, 5 + 1e-9), (-1e9, 1e9), (0, 3)])
+def test_labels_of_values_are_whole_and_tell_one_from_the_next(values):
+    """1,000,000 tokens/s once stood there as 000,000, cut off by the edge."""
+    text = chart.line_chart("t", [(0, "run", list(enumerate(values)))])
+    labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]+)<', text)
+    assert all(float(end) - 7 * len(label) >= 0 for end, label in labels), labels  # pixels of a digit in a wide font
+    assert len({label for _, label in labels}) == len(labels) >= 3, labels
 
 
 def test_a_short_curve_is_drawn_over_a_long_one():

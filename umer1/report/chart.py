@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 330, 190  # about the pixels of a chart where four stand in a row: text keeps its size
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 8, 24
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 18, 8, 24  # room around the curves; on the left more where labels are longer
+_DIGIT = 7  # pixels of one, in a wide font of the style's size
 _TICKS = 6  # at most
 _POINTS = 300  # buckets of a curve, each of which keeps its lowest and its highest value
 
@@ -16,17 +17,17 @@ def line_chart(title: str, curves: Sequence[tuple[int, str, Curve]]) -> str:
     """SVG of `curves`: (number of its colour, name, points with rising iteration and finite value), one or more."""
     steps = [step for _, _, curve in curves for step, _ in curve]
     values = [value for _, _, curve in curves for _, value in curve]
-    xs, ys = _Axis(min(steps), max(steps), _LEFT, WIDTH - _RIGHT), _Axis(*_spread(values), HEIGHT - _BOTTOM, _TOP)
+    ys = _Axis(*_spread(values), HEIGHT - _BOTTOM, _TOP)
+    labels = ys.labels()
+    left = max(_LEFT, 8 + _DIGIT * max(len(text) for _, text in labels))
+    xs = _Axis(min(steps), max(steps), left, WIDTH - _RIGHT)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *(f'<path class="grid" d="M{_LEFT} {ys(tick):.1f}H{WIDTH - _RIGHT}"/>' for tick in ys.ticks()),
+        *(f'<path class="grid" d="M{left} {ys(tick):.1f}H{WIDTH - _RIGHT}"/>' for tick, _ in labels),
+        *(f'<text x="{left - 6}" y="{ys(tick) + 4:.1f}" text-anchor="end">{text}</text>' for tick, text in labels),
         *(
-            f'<text x="{_LEFT - 6}" y="{ys(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>'
-            for tick in ys.ticks()
-        ),
-        *(
-            f'<text x="{xs(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_step(tick)}</text>'
-            for tick in xs.ticks(whole=True)
+            f'<text x="{xs(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>'
+            for tick, text in xs.labels(whole=True)
         ),
     ]
     for colour, name, curve in sorted(curves, key=lambda each: -len(each[2])):  # a long one would hide those below it
@@ -58,9 +59,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
-def _step(tick: float) -> str:
-    """Short, so that six stand beside each other and the last one within the picture."""
-    return f"{tick / 1000:g}k" if abs(tick) >= 10_000 else f"{tick:,g}"
+_UNITS = ((1e9, "G", 1e9), (1e6, "M", 1e6), (1e4, "k", 1e3), (0.0, "", 1.0))  # from this number on: unit, its value
 
 
 class _Axis:
@@ -73,8 +72,23 @@ class _Axis:
         share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
         return self.first + share * (self.last - self.first)
 
-    def ticks(self, *, whole: bool = False) -> list[float]:
-        """Round numbers within the axis: three to six of them, if not fewer are whole."""
+    def labels(self, *, whole: bool = False) -> list[tuple[float, str]]:
+        """Round numbers within the axis, three to six of them if not fewer are `whole`, and each as text.
+
+        Short, with as many digits as tell one from the next: 0.5M, 1.0M; 250; 0.4e-5.
+        """
+        ticks = self._ticks(whole)
+        if len(ticks) == 1:
+            return [(ticks[0], number(ticks[0]))]
+        largest, step = max(map(abs, ticks)), ticks[1] - ticks[0]
+        unit, scale = next(((unit, scale) for least, unit, scale in _UNITS if largest >= least), ("", 0.0))
+        if largest < 1e-3 or largest >= 1e12:
+            power = math.floor(math.log10(largest))
+            unit, scale = f"e{power}", 10.0**power
+        digits = max(-math.floor(math.log10(step / scale) + 1e-9), 0)
+        return [(tick, f"{tick / scale:,.{digits}f}{unit}" if tick else "0") for tick in ticks]
+
+    def _ticks(self, whole: bool) -> list[float]:
         if self.high <= self.low:
             return [self.low]
         rough = (self.high - self.low) / _TICKS

@@ -57,7 +57,8 @@ _STYLE = """
 *{box-sizing:border-box}body{margin:0;padding:1.2rem;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,sans-serif}main{max-width:1460px;margin:auto}h1{font-size:1.5rem;margin:.2rem 0}
 h2{font-size:1.15rem;margin:1.8rem 0 .6rem}h3{font-size:.95rem;font-weight:600;margin:0 0 .3rem}
-p,li,summary{overflow-wrap:anywhere}td,th{overflow-wrap:break-word;max-width:28rem}.soft{color:var(--soft);font-weight:400}
+h1,h2,h3,p,li,summary{overflow-wrap:anywhere}td,th{overflow-wrap:break-word;max-width:28rem}
+.soft{color:var(--soft);font-weight:400}
 .warn{border-left:4px solid var(--c1);padding-left:.7rem}
 .grid-of{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.7rem .8rem;min-width:0}

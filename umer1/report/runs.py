@@ -21,7 +21,7 @@ class Run:
     name: str
     path: Path
     curves: dict[str, list[tuple[int, float]]]  # field -> (iteration, finite value)
-    last: dict[str, Any]  # the newest line of metrics.jsonl
+    last: dict[str, Any]  # what metrics.jsonl says of the newest step
     damaged_lines: int = 0  # of metrics.jsonl that are no record
     not_finite: dict[str, int] = field(default_factory=dict)  # field -> values that are NaN or infinite
     settings: dict[str, str] = field(default_factory=dict)  # "section.name" -> value, of config.yaml
@@ -46,7 +46,10 @@ def read_run(name: str, path: Path) -> Run:
     if not records:
         raise UserError(f"{metrics} has no record of a step ({damaged} damaged lines)")
     records.sort(key=lambda record: record["iteration"])
-    run = Run(name=name, path=path, curves={}, last=records[-1], damaged_lines=damaged)
+    # A held-out evaluation that a resumed run makes up for has a record of its own, of the same step.
+    newest = [record for record in records if record["iteration"] == records[-1]["iteration"]]
+    last = {key: value for record in newest for key, value in record.items()}
+    run = Run(name=name, path=path, curves={}, last=last, damaged_lines=damaged)
     absent: dict[str, int] = {}  # the log writes what is not finite, and what cannot be measured, as null
     for record in records:
         for key, value in record.items():
@@ -96,12 +99,11 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _read_settings(run: Run) -> None:
     try:
         config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        for section, values in config.items() if isinstance(config, dict) else ():
+            for key, value in values.items() if isinstance(values, dict) else ():
+                run.settings[f"{section}.{key}"] = json.dumps(value, ensure_ascii=False, default=str)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         run.notes.append(f"config.yaml cannot be read: {error}")
-        return
-    for section, values in config.items() if isinstance(config, dict) else ():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            run.settings[f"{section}.{key}"] = json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _read_environment(run: Run) -> None:
@@ -113,7 +115,7 @@ def _read_environment(run: Run) -> None:
         run.pairs = {str(key): int(value) for key, value in noted.get("pairs", {}).items()}
         for entry in noted.get("versions", []):
             run.versions += [(int(entry["step"]), str(key), str(value)) for key, value in entry["packages"].items()]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         run.notes.append(f"run.json cannot be read: {error}")
 
 
