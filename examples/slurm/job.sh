@@ -6,12 +6,21 @@
 #   LOGS         folder of log folders, default logs; a job writes to LOGS/JOB/RUN, RUN counting its requeues from 0
 #   MASTER_ADDR, MASTER_PORT   the rendezvous; default the first node and a port made from the job's number
 
+steps=() # process ids of srun, the training's first
+
+# SIGUSR1 comes to this shell alone (--signal=B:USR1@...): srun hands it to the ranks, which save and leave. SIGTERM
+# (preemption, scancel) comes to the ranks from Slurm; this shell only has to outlive them.
+trap 'echo "time is nearly up: saving"; kill -USR1 "${steps[0]}"' USR1
+trap 'echo "asked to leave: saving"' TERM
+
 : "${PYTHON:=.venv/bin/python}" "${LOGS:=logs}" "${MOUNTS:=$PWD:$PWD}" "${CONTAINER:=}"
 addresses() { # of the job's nodes, in order
     scontrol show node --oneliner "$SLURM_JOB_NODELIST" | sed -E 's/.* NodeAddr=([^ ]+).*/\1/'
 }
 : "${MASTER_ADDR:=$(addresses | head -n 1)}"
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 20000))}"
+job=$SLURM_JOB_ID # of a job array this task alone: one task's number is the whole array's as well
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 folder=$LOGS/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
@@ -26,13 +35,7 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 # The program writes this file when it leaves early, with all of its work saved.
 export UMER1_STOPPED_FILE=$folder/stopped
-
-steps=() # process ids of srun, the training's first
-
-# SIGUSR1 comes to this shell alone (--signal=B:USR1@...): srun hands it to the ranks, which save and leave. SIGTERM
-# (preemption, scancel) comes to the ranks from Slurm; this shell only has to outlive them.
-trap 'echo "time is nearly up: saving"; kill -USR1 "${steps[0]}"' USR1
-trap 'echo "asked to leave: saving"' TERM
+rm -f "$UMER1_STOPPED_FILE" # of a job that had the same number once
 
 # step NAME SRUN-FLAGS... -- COMMAND...   starts a step in the background, its log in NAME-TASK.log
 step() {
@@ -68,9 +71,9 @@ finish() {
     # A job that leaves during a preemption's grace time counts as completed: it has to requeue itself. One that was
     # cancelled is not RUNNING any more, and stays out.
     if [ "$status" = 0 ] && [ -e "$UMER1_STOPPED_FILE" ] &&
-        scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+        scontrol show job "$job" | grep -q JobState=RUNNING; then
         trap - TERM # the requeue ends this shell
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
         sleep 60
     fi
     exit "$status"

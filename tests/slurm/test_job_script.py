@@ -38,7 +38,48 @@ def test_the_status_is_trainings_also_where_it_ends_as_a_signal_comes(tmp_path):
 def test_what_a_job_writes_is_in_its_log_folder(tmp_path, place):
     """LOGS may be relative or not."""
     logs = place if place == "logs" else f"{tmp_path}{place}"
+    folder = tmp_path / place.strip("/") / "7" / "2"
+    folder.mkdir(parents=True)
+    (folder / "stopped").touch()  # of another cluster's job 7
     words = 'echo "$folder $UMER1_STOPPED_FILE $TORCH_NCCL_DEBUG_INFO_TEMP_FILE"'
     done = run(tmp_path, words, LOGS=logs, SLURM_RESTART_COUNT="2")
-    folder = tmp_path / place.strip("/") / "7" / "2"
-    assert folder.is_dir() and done.stdout.split() == [f"{folder}", f"{folder}/stopped", f"{folder}/nccl-"]
+    assert not list(folder.iterdir()) and done.stdout.split() == [f"{folder}", f"{folder}/stopped", f"{folder}/nccl-"]
+
+
+@pytest.mark.parametrize(("task", "requeued"), [({}, "7"), ({"ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3"}, "7_3")])
+def test_a_task_of_an_array_requeues_itself_alone(tmp_path, task, requeued):
+    """To Slurm the number of the last task that starts is all of the array: tasks that train would start anew."""
+    done = run(
+        tmp_path,
+        """
+        scontrol() { echo "$@" >> said; echo JobState=RUNNING; }
+        srun() { touch "$UMER1_STOPPED_FILE"; }
+        sleep() { :; }
+        step train -- program
+        finish""",
+        **{f"SLURM_{name}": value for name, value in task.items()},
+    )
+    assert done.returncode == 0, done
+    assert (tmp_path / "said").read_text().splitlines() == [f"show job {requeued}", f"requeue {requeued}"]
+
+
+@pytest.mark.parametrize("words", [["--hf-model", "a b"], ["--hf-model=a b"], ["--hf_model", "x", "--hf_model=a b"]])
+def test_rollout_servers_get_the_model_however_it_is_given(tmp_path, words):
+    """The last one counts, as for the program."""
+    (tmp_path / "examples" / "slurm").mkdir(parents=True)
+    script = JOB.with_name("grpo.sbatch").read_text()
+    (tmp_path / "examples" / "slurm" / "job.sh").write_text(
+        f"""
+        scontrol() {{ echo "NodeName=n NodeAddr=127.0.0.1"; }}
+        . {JOB}
+        train() {{ :; }}
+        step() {{ printf '<%s>' "$@"; }}
+        finish() {{ :; }}
+        """
+    )
+    given = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "2"}
+    command = ["bash", "-c", script, "grpo.sbatch", *words, "--lr", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**given, "ENGINE_NODES": "1"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "<--model><a b>" in done.stdout, done
