@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from umer1.atomic_directory import remove
@@ -134,7 +135,8 @@ def _prune(place: Path, paths: list[Path], keep_latest: int, keep_every: int, *,
     # the last that can be resumed from.
     for path in paths:
         if entry(path).problem is None and int(path.name.removeprefix("iter_")) not in removed:
-            if problem := verify(path):
+            problem = verify(path)
+            if problem and not _is_gone(path, problem):
                 raise UserError(
                     f"nothing was removed: {path} is to stay and is damaged ({problem}); move it away first"
                 )
@@ -144,7 +146,8 @@ def _prune(place: Path, paths: list[Path], keep_latest: int, keep_every: int, *,
         freed += entry(path).bytes
         print(f"{'would remove' if dry_run else 'removing'} {path.name}", flush=True)
         if not dry_run:
-            remove(path)
+            with suppress(FileNotFoundError):  # a run that goes on was faster
+                remove(path)
     print(f"{_size(freed)} {'would be ' if dry_run else ''}freed, {len(paths) - len(removed)} checkpoints stay")
 
 

@@ -29,7 +29,7 @@ def good(tmp_path_factory):
         copy = layout.iteration_path(folder / "run", iteration)
         shutil.copytree(first, copy)
         manifest = json.loads((copy / layout.MANIFEST).read_text())
-        (copy / layout.MANIFEST).write_text(json.dumps({**manifest, "iteration": iteration}))
+        layout.write_manifest(copy, {**manifest, "iteration": iteration})
     shutil.rmtree(first)
     layout.write_tracker(folder / "run", 3)
     return folder / "run"
@@ -67,7 +67,7 @@ def _reseal(directory):
     for name in manifest["files"]:
         path = directory / name
         manifest["files"][name] = {"size": path.stat().st_size, "crc32": layout.crc32(path)}
-    (directory / layout.MANIFEST).write_text(json.dumps(manifest))
+    layout.write_manifest(directory, manifest)
 
 
 def _evil_metadata(directory):
@@ -89,6 +89,15 @@ def _two_pickles(directory):
     """A second data.pkl, for readers that take another one than the checker."""
     with zipfile.ZipFile(directory / "common.pt", "a") as archive:
         archive.writestr("other/data.pkl", pickle.dumps(_Evil(directory.parent / "EXECUTED")))
+    _reseal(directory)
+
+
+def _encrypted(directory):
+    """Python's reader of archives raises what it raises for nothing else."""
+    data = bytearray((directory / "common.pt").read_bytes())
+    place = data.index(b"PK\x01\x02")
+    data[place + 8] |= 1
+    (directory / "common.pt").write_bytes(data)
     _reseal(directory)
 
 
@@ -119,7 +128,7 @@ def _path_out(directory):
 def _manifest(directory, change):
     manifest = json.loads((directory / layout.MANIFEST).read_text())
     change(manifest)
-    (directory / layout.MANIFEST).write_text(json.dumps(manifest))
+    layout.write_manifest(directory, manifest)
 
 
 def _link(directory):
@@ -148,6 +157,7 @@ DAMAGE = {
     "code in common.pt": _evil_common,
     "code in an old-style common.pt": _legacy_common,
     "code in a second data.pkl": _two_pickles,
+    "an encrypted common.pt": _encrypted,
     "pickled object among the tensors": _object_entry,
     "metadata points out of the directory": _path_out,
 }

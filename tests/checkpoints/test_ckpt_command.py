@@ -8,7 +8,7 @@ import pytest
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1 import checkpoint_command, conversion
-from umer1.checkpoints import layout
+from umer1.checkpoints import administration, layout
 from umer1.errors import UserError
 from umer1.training.checkpoint import CheckpointConfig
 from umer1.training.config import SFTConfig
@@ -28,7 +28,7 @@ def good(tmp_path_factory):
         copy = layout.iteration_path(folder / "run", iteration)
         shutil.copytree(first, copy)
         manifest = json.loads((copy / layout.MANIFEST).read_text())
-        (copy / layout.MANIFEST).write_text(json.dumps({**manifest, "iteration": iteration}))
+        layout.write_manifest(copy, {**manifest, "iteration": iteration})
     shutil.rmtree(first)
     return folder
 
@@ -95,7 +95,7 @@ def test_verify_does_not_trust_a_manifest_that_fits_a_hostile_pickle(run, capsys
     manifest = json.loads((path / layout.MANIFEST).read_text())
     manifest["files"][".metadata"] = {"size": 24, "crc32": layout.crc32(path / ".metadata")}
     manifest["files"][".metadata"]["size"] = (path / ".metadata").stat().st_size
-    (path / layout.MANIFEST).write_text(json.dumps(manifest))
+    layout.write_manifest(path, manifest)
     status, out = verify(run, capsys)
     assert status == 1 and out.splitlines()[0].startswith("iter_0000012     DAMAGED") and "system" in out
 
@@ -103,13 +103,45 @@ def test_verify_does_not_trust_a_manifest_that_fits_a_hostile_pickle(run, capsys
 @pytest.mark.parametrize("lost", ["model", "trained", "layout"])
 def test_verify_and_list_ask_what_the_loader_asks(run, capsys, lost):
     """A manifest without this cannot be resumed from, whatever its files are like."""
-    path = layout.iteration_path(run, 12) / layout.MANIFEST
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, lost: 1}))
+    path = layout.iteration_path(run, 12)
+    layout.write_manifest(path, {**json.loads((path / layout.MANIFEST).read_text()), lost: 1})
     status, out = verify(run, capsys)
     assert status == 1 and f"DAMAGED: {layout.MANIFEST} lacks {lost}" in out
     checkpoint_command.main(["list", str(run)])
     assert "goes on from iter_0000010" in capsys.readouterr().out
+
+
+def test_any_flipped_bit_of_a_manifest_is_found(run, capsys):
+    """Nothing else has its checksum.  A flip between upper and lower case of an escape changes nothing that it says."""
+    rng, path = random.Random(SEED), layout.iteration_path(run, 12)
+    good = (path / layout.MANIFEST).read_bytes()
+    said = json.loads(good)
+    for _ in range(200):
+        flip(path / layout.MANIFEST, rng)
+        try:
+            same = json.loads((path / layout.MANIFEST).read_bytes()) == said
+        except ValueError:
+            same = False
+        try:
+            layout.read_manifest(path)
+            assert same, SEED
+        except ValueError:
+            assert not same, SEED
+        (path / layout.MANIFEST).write_bytes(good)
+
+
+def test_a_renamed_checkpoint_is_told(run, capsys):
+    """Under a higher number it would be gone on from again and again, under a lower one removed before its time."""
+    (run / "iter_0000012").rename(run / "iter_0000013")
+    (run / "iter_0000010").rename(run / "iter_00000010")  # no name that a run gives
+    (run / "iter_0000014").symlink_to("iter_0000008")
+    status, out = verify(run, capsys)
+    assert status == 1 and [line.split()[0] for line in out.splitlines() if "DAMAGED" in line] == [
+        "iter_0000014",
+        "iter_0000013",
+    ]
+    assert "it was renamed: its content is that of iteration 12" in out and "00000010" not in out
+    assert layout.sound_iterations(run) == [2, 4, 6, 8]
 
 
 def test_what_a_run_removes_meanwhile_is_not_damaged(run, capsys, monkeypatch):
@@ -120,6 +152,19 @@ def test_what_a_run_removes_meanwhile_is_not_damaged(run, capsys, monkeypatch):
     assert status == 0 and len(out.splitlines()) == 6
     checkpoint_command.main(["list", str(run), "--json"])
     assert [one["iteration"] for one in json.loads(capsys.readouterr().out)] == [12, 10, 8, 6, 4, 2]
+
+
+def test_prune_beside_a_run_that_removes_the_same(run, capsys, monkeypatch):
+    """One that is to stay goes while it is read, one that may go is gone when its turn comes."""
+
+    def verify_late(path, progress=None):
+        for iteration in (2, 8):
+            shutil.rmtree(layout.iteration_path(run, iteration), ignore_errors=True)
+        return administration.verify(path)
+
+    monkeypatch.setattr(checkpoint_command, "verify", verify_late)
+    checkpoint_command.main(["prune", str(run), "--keep-latest-checkpoints", "3"])
+    assert layout.list_iterations(run) == [10, 12]
 
 
 def test_prune(run, capsys):

@@ -2,7 +2,7 @@
 
     SAVE/latest_checkpointed_iteration.txt   the last iteration published (a hint for people and tools, not the truth)
     SAVE/iter_0000010/                       one checkpoint; appears by a rename when it is complete and durable
-        umer1.json                           manifest: every other file with its size and CRC-32
+        umer1.json                           manifest: every other file with its size and CRC-32, and its own CRC-32
         *.distcp, .metadata, common.pt, metadata.json     megatron's torch_dist format
         extra.json, rng.json, hf/            the trainer's state, generators' states, the Hugging Face assets
     SAVE/reference/                          GRPO: the model that the run started from
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "umer1.json"
 TRACKER = "latest_checkpointed_iteration.txt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Of a manifest, beside the files.
 _FIELDS = {"iteration": int, "optimizer": bool, "distributed_optimizer": bool, "dtype": str, "layout": dict}
-_FIELDS |= {"model": dict, "trained": list}
+_FIELDS |= {"model": dict, "trained": list, "crc32": int}
 _NEEDED = {"extra.json", "rng.json", "common.pt", ".metadata", "metadata.json"}
-_NAME = re.compile(r"iter_(\d{7,})")
+_NAME = re.compile(r"iter_([0-9]{7}|[1-9][0-9]{7,})")  # what `iteration_path` makes, and nothing else
 _LEFT_BEHIND = re.compile(r"\.(tmp|old|removed)-(iter_\d{7,}|reference)-[0-9a-f]{12}")
 _BLOCK = 1 << 22
 
@@ -74,8 +74,18 @@ def seal(aside: Path, destination: Path, content: dict[str, Any], checksums: dic
             name = path.relative_to(aside).as_posix()
             checksum = checksums.get(name)
             files[name] = {"size": path.stat().st_size, "crc32": crc32(path) if checksum is None else checksum}
-    write_json(aside / MANIFEST, {"format_version": FORMAT_VERSION, **content, "files": files})
+    write_manifest(aside, {"format_version": FORMAT_VERSION, **content, "files": files})
     publish(aside, destination)
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """With a checksum of its own."""
+    write_json(directory / MANIFEST, {**manifest, "crc32": _own_crc32(manifest)})
+
+
+def _own_crc32(manifest: dict[str, Any]) -> int:
+    """Of what it says, however that is laid out."""
+    return zlib.crc32(json.dumps({**manifest, "crc32": None}, sort_keys=True).encode())
 
 
 def crc32(path: Path) -> int:
@@ -102,6 +112,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
     if wrong or _NEEDED - set(manifest["files"]):
         raise ValueError(f"{MANIFEST} lacks {', '.join([*wrong, *sorted(_NEEDED - set(manifest['files']))])}")
+    if manifest["crc32"] != _own_crc32(manifest):
+        raise ValueError(f"the content of {MANIFEST} is not what was written (CRC-32)")
+    named = _NAME.fullmatch(directory.name)
+    if named and int(named.group(1)) != manifest["iteration"]:
+        raise ValueError(f"it was renamed: its content is that of iteration {manifest['iteration']}")
     root = directory.resolve()
     for name, entry in manifest["files"].items():
         try:

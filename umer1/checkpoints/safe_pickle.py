@@ -26,6 +26,7 @@ _METADATA_GLOBALS = {
 _STORAGES = ("FloatStorage", "DoubleStorage", "BFloat16Storage", "HalfStorage", "LongStorage", "IntStorage")
 _COMMON_STAND_INS = {("torch._utils", "_rebuild_tensor_v2"), *(("torch", name) for name in _STORAGES)}
 _MAX_PICKLE_BYTES = 1 << 30
+_ENCRYPTED = 1  # flag of a zip archive's member
 # Element types are plain constants of torch: "torch float32".
 _DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 _DTYPES |= {"float8_e4m3fn", "float8_e5m2"}
@@ -77,10 +78,11 @@ def _read_common(path: Path) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith("data.pkl")]
-            if len(members) != 1 or members[0].file_size > _MAX_PICKLE_BYTES:
+            plain = [m for m in members if m.compress_type == zipfile.ZIP_STORED and not m.flag_bits & _ENCRYPTED]
+            if len(members) != 1 or plain != members or members[0].file_size > _MAX_PICKLE_BYTES:
                 raise ValueError(f"{path.name} is not a torch file")
             return archive.read(members[0])
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path.name} is not a torch file ({error})") from error
 
 
