@@ -104,6 +104,59 @@ def test_no_mfu_under_fp8(capsys):
         assert ("MFU" in line) is quoted
 
 
+def test_negatives_are_those_of_pairs_that_there_are(capsys):
+    """Without cached contrastive: of one micro-batch over all ranks, which a small step does not fill."""
+    flags = ["sft", "--shape", "qwen2-vl-2b", "--world-size", "8", "--hardware", "cpu", "--no-cached-contrastive"]
+    for pairs, negatives in ((8, 7), (16, 15), (64, 31)):
+        plan = run_json(capsys, *flags, "--global-batch-size", str(pairs), "--micro-batch-size", "4")
+        assert plan["negatives_per_query"] == negatives
+
+
+def test_rollouts_that_are_learnt_from_twice_cost_twice(capsys):
+    """8 = 2 x (forward + twice it) + the two forwards that score; host memory is gone through at every update."""
+    config = str(CONFIGS / "qwen2_vl_7b_grpo_1xh100.yaml")
+    flags = ["grpo", "--config", config, "--shape", "qwen2-vl-7b", "--world-size", "1", "--patches-per-side", "0"]
+    flags += ["--recompute-granularity", "none", "--recompute-method", "none", "--recompute-num-layers", "none"]
+    flags += ["--hardware", "h200"]
+    one, two = (run_json(capsys, *flags, *more) for more in ([], ["--inner-epochs", "2"]))
+    assert two["flops"]["model"] == pytest.approx(one["flops"]["model"] * 8 / 5)
+    extra = one["flops"]["executed"] - one["flops"]["model"]
+    assert two["flops"]["executed"] - two["flops"]["model"] == pytest.approx(2 * extra)
+    cut = run_json(capsys, *flags, "--mini-batches", "2")
+    host = cut["seconds_per_step"]["training"] - one["seconds_per_step"]["training"]
+    assert host == pytest.approx(one["parameters"]["trained"] * (4 + 7 * 4 + 2) / 40e9)
+
+
+def test_engines_that_are_cut_further_than_there_are_kv_heads(capsys):
+    """vLLM gives each of four devices one of the two heads."""
+    config = str(CONFIGS / "qwen2_vl_2b_grpo_8xh100.yaml")
+    flags = ["grpo", "--config", config, "--shape", "qwen2-vl-2b", "--rollout-tensor-parallel-size"]
+    each = [run_json(capsys, *flags, str(cut))["rollouts"]["cache_bytes_per_token"] for cut in (1, 2, 4)]
+    assert each == [2 * 28 * heads * 128 * 2 for heads in (2, 1, 1)]
+
+
+def test_mini_batches_through_interleaved_stages():
+    """Each has micro-batches of its own, of prompts alone where there are fewer rollouts than stages."""
+    flags = ["--shape", "qwen2-vl-2b", "--hf-model", "x", "--world-size", "7", "--hardware", "cpu"]
+    flags += ["--pipeline-model-parallel-size", "7", "--num-layers-per-virtual-pipeline-stage", "2"]
+    flags += ["--global-batch-size", "2", "--mini-batches", "2", "--num-generations", "2", "--micro-batch-size", "8"]
+    tokens = command.read_plan("grpo", flags).expected_tokens
+    assert len(tokens) == 2 * 7 and tokens[:7] == tokens[7:] == [954] * 4 + [551] * 3
+
+
+def test_sides_are_no_longer_than_the_sequence(capsys):
+    """The embedded defaults have sequences of 512 tokens, and responses of 48."""
+    for stage, most in (("sft", 16 * 2 * 512), ("grpo", 64 * 512)):
+        flags = [stage, "--config", str(CONFIGS / f"mini_{stage}.yaml"), "--hardware", "cpu", "--world-size", "2"]
+        flags += ["--hf-model", str(ROOT / "umer1/assets/mini_base"), "--load", "none"]
+        plan = run_json(capsys, *flags)
+        assert plan["micro_batch_tokens"]["expected"] <= plan["micro_batch_tokens"]["fullest"] == most
+        command.main(flags)
+        assert "assumed sides" not in capsys.readouterr().out  # nothing is said of a speed
+        command.main([*flags, "--headline"])
+        assert capsys.readouterr().out.startswith("2 x CPU: ")
+
+
 def test_a_run_that_does_not_fit(capsys):
     argv = ["sft", "--shape", "qwen2-vl-7b", "--bf16", "--world-size", "1"]
     with pytest.raises(SystemExit) as ended:
@@ -133,8 +186,8 @@ def test_all_problems_at_once(tmp_path):
     for problem in ("--frobnicate", "hardware 'abacus'", "lr=-1.0", "processes, 6", "num_key_value_heads=2"):
         assert problem in text, problem
     assert "/not/looked/at.json" not in text
-    with pytest.raises(ConfigError, match="cannot be read.*--shape"):
-        command.read_plan("sft", ["--hf-model", str(tmp_path)])
+    with pytest.raises(ConfigError, match="(?s)cannot be read.*--shape.*sequence_parallel needs"):
+        command.read_plan("sft", ["--hf-model", str(tmp_path), "--sequence-parallel"])
     with pytest.raises(UserError, match="use sft or grpo"):
         command.main(["dpo"])
 
@@ -226,6 +279,9 @@ def test_dry_run_finds_what_the_program_would(tmp_path):
         dry_run("grpo", flags, CONFIGS / "mini_grpo.yaml", default_policy_violations)
     for problem in ("--foo", "absent.json does not exist", "processes, 64", "use 1 or 2"):
         assert problem in str(raised.value), problem
+    flags[flags.index("--hf-model") + 1] = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="(?s)nothing.*processes, 64"):
+        dry_run("grpo", flags, CONFIGS / "mini_grpo.yaml", default_policy_violations)
 
 
 def test_program_ends_with_one_message_and_trains_nothing(tmp_path):

@@ -21,12 +21,15 @@ from umer1.plan.hardware import HARDWARE
 from umer1.plan.schedule import one_f_one_b
 from umer1.plan.settings import PlanConfig
 from umer1.plan.setup import Setup, batch_bytes, num_patches
-from umer1.plan.steps import Steps
+from umer1.plan.steps import Steps, packed_of
 from umer1.plan.timeline import Timeline
 from umer1.plan.workload import Side, imagine
 from umer1.training.build import ModelConfig
 from umer1.training.config import SFTConfig
 from umer1.training.flops import step_flops
+from umer1.training.policy_config import GRPOConfig
+
+SEED = random.randrange(2**32)
 
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
 RECOMPUTE = ({}, {"recompute_granularity": "selective"}, {"recompute_granularity": "full"}, BLOCK)
@@ -138,6 +141,40 @@ def test_largest_micro_batch_is_the_largest():
     assert peak(found) <= tight.usable_bytes < peak(found + 1)
     roomy = replace(setup, hardware=HARDWARE["cpu"])
     assert Steps(roomy, settings).largest_micro_batch() is None
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, GRPOConfig])
+def test_nothing_is_fuller_than_the_fullest_micro_batch(config_class):
+    """Drawn settings: its tokens are the most that they allow, and the step keeps its number of micro-batches.
+
+    It once was as many sequences of seq_length as the budget holds: 24,576 tokens of 32,768.
+    """
+    rng = random.Random(SEED)
+    for _ in range(30):
+        pairs, seq_length, parts = rng.choice((2, 4, 6, 12)), rng.randrange(30, 3000), rng.choice((1, 2))
+        data = DataConfig(
+            global_batch_size=pairs,
+            seq_length=seq_length,
+            micro_batch_size=rng.randrange(1, 9),
+            max_tokens_per_micro_batch=rng.choice((None, rng.randrange(10, 8 * seq_length))),
+        )
+        config, least, available = config_class(data=data), 2, 2 * pairs
+        if config_class is GRPOConfig:
+            config.policy.mini_batches, config.rollout.num_generations = parts, 3
+            least, available = 1, 2 * pairs // parts * 3
+        settings = PlanConfig(world_size=1, text_tokens=rng.randrange(1, 300))
+        setup = Setup(model=shape(64, 2, 4, 2, 128, 512), config=config, world_size=1, hardware=HARDWARE["h100"])
+        steps = Steps(setup, settings)
+        expected, fullest = (
+            [len(packed_of(work).input_ids) for work in works] for works in (steps.expected(), steps.fullest())
+        )
+        most = min(data.micro_batch_size * least, available) * seq_length
+        if data.max_tokens_per_micro_batch is not None:
+            most = min(most, max(data.max_tokens_per_micro_batch, least * seq_length))
+        # A few tokens go in rounding to sequences of one length.
+        sequences = data.micro_batch_size * least
+        assert most - sequences < max(fullest) <= most and max(expected) <= most, (SEED, data, settings)
+        assert len(expected) == len(fullest) and steps.side.tokens(setup.model) <= seq_length, (SEED, data, settings)
 
 
 def test_more_ranks_take_less_and_more_tokens_take_more():

@@ -57,14 +57,13 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
     shapes: list[Any] = []
 
     def check(config: Any) -> list[str]:
+        world_size = config.plan.world_size
+        config.parallel.resolve(world_size, gpu=config.plan.on_gpus)
         try:
             shapes.append(find_shape(config.plan.shape, Path(config.model.source)))
         except UserError as error:
-            return [str(error)]
-        if config.plan.world_size < 1:
-            return []
-        config.parallel.resolve(config.plan.world_size, gpu=config.plan.on_gpus)
-        return config.layout_violations(shapes[0], config.plan.world_size)
+            return [str(error), *config.parallel.violations(None, world_size if world_size >= 1 else None)]
+        return config.layout_violations(shapes[0], world_size) if world_size >= 1 else []
 
     config = load_config(STAGES[stage], argv, further=check)
     return make_plan(training_part(without_files(config)), shapes[0], config.plan)

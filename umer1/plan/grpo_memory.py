@@ -86,9 +86,9 @@ def grpo_memory(setup: Setup, stage: int, works: list[PolicyWork], dp_rank: int 
         for batch in batches:
             passes.score(batch, entropy=False)
         line.drop("policy's weights aside")
-    parts = config.policy.mini_batches
-    for number in range(parts):
-        mine = batches[number::parts]
+    each = len(batches) // config.policy.mini_batches
+    for start in range(0, len(batches), each):
+        mine = batches[start : start + each]
         for turn in one_f_one_b(len(mine), stage, layout.pp, layout.virtual):
             step = passes.forward if turn.kind == "forward" else passes.backward
             step(mine[turn.batch], turn.chunk)

@@ -14,6 +14,7 @@ from umer1.plan.setup import Setup
 from umer1.plan.speed import Work, host_seconds, step_work, train_seconds
 from umer1.plan.steps import Steps, packed_of
 from umer1.plan.timeline import Timeline
+from umer1.plan.workload import Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Plan:
     fullest_tokens: int
     negatives: int | None
     """In-batch negatives of a query; None for GRPO."""
+    side: Side
+    """A sequence as it is assumed (Steps.side)."""
     work: Work
     train_seconds: float | None
     rollouts: Rollouts | None
@@ -54,7 +57,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Most that the tensors of any rank take in a training step."""
-        return max(line.peak for line in self.fullest)
+        return max(line.peak for line in (*self.expected, *self.fullest))
 
     @property
     def rollout_bytes(self) -> int:
@@ -109,6 +112,7 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
     """config: SFTConfig or GRPOConfig without violations for settings.world_size."""
     setup = Setup(model=model, config=config, world_size=settings.world_size, hardware=find_hardware(settings.hardware))
     steps = Steps(setup, settings)
+    learnt = config.policy.inner_epochs if steps.policy else 1  # times that a micro-batch is learnt from
     whole = stage_parameters(model, ParallelConfig(), 0, config.model.train_vision)[0]
     expected, fullest = steps.expected(), steps.fullest()
     group = steps.group
@@ -116,15 +120,17 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
         setup,
         [packed_of(each) for each in expected],
         scoring_passes=(1 + (config.policy.beta > 0)) if steps.policy else 0,
+        updates=learnt,
         vision_once=1 / group,
     )
     computing, made = train_seconds(setup, work, settings.assumed_utilisation), None
+    on_host = learnt * steps.mini_batches * host_seconds(setup, settings.assumed_host_bandwidth)
     if steps.policy:
-        made = plan_rollouts(setup, settings, settings.side(response=0), 2 * config.data.global_batch_size)
+        made = plan_rollouts(setup, settings, steps.side, 2 * config.data.global_batch_size)
     negatives = None
     if not steps.policy:
-        every = config.data.global_batch_size if config.loss.cached_contrastive else 0
-        negatives = (every or config.data.micro_batch_size * setup.layout.dp) - 1
+        together = max(batch.num_pairs for batch in expected) * setup.layout.dp
+        negatives = (config.data.global_batch_size if config.loss.cached_contrastive else together) - 1
     return Plan(
         setup=setup,
         settings=settings,
@@ -135,8 +141,9 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
         expected_tokens=[len(packed_of(each).input_ids) for each in expected],
         fullest_tokens=len(packed_of(fullest[0]).input_ids),
         negatives=negatives,
+        side=steps.side,
         work=work,
-        train_seconds=None if computing is None else computing + host_seconds(setup, settings.assumed_host_bandwidth),
+        train_seconds=None if computing is None else computing + on_host,
         rollouts=made,
         largest_micro_batch=steps.largest_micro_batch(),
         least_recomputation=steps.least_recomputation(),

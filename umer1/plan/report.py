@@ -177,9 +177,10 @@ def headline(plan: Plan) -> str:
     host = sum(plan.host.values()) / GIB
     beside = f" and {host:.0f} GiB of the host's" if host else ""
     verdict = " It does not fit." if plan.problems() else ""
+    time = "" if plan.seconds is None else f", {plan.seconds:.1f} s a step"
     return (
-        f"{setup.world_size} x {setup.hardware.name}: {plan.peak_bytes / GIB:.0f} GiB of each{engine}{beside}, "
-        f"{plan.seconds:.1f} s a step; estimated by `umer1 plan`, not measured.{verdict}"
+        f"{setup.world_size} x {setup.hardware.name}: {plan.peak_bytes / GIB:.0f} GiB of each{engine}{beside}"
+        f"{time}; estimated by `umer1 plan`, not measured.{verdict}"
     )
 
 
@@ -202,12 +203,11 @@ def _speed(plan: Plan) -> str:
         "model TFLOP/s a device": f"{flops / 1e12:.0f}" + _mfu(plan, flops),
         "days": f"{plan.seconds * steps / 86400:.2f} for {steps} steps",
     }
-    response = settings.rollout_tokens if plan.rollouts else settings.response_tokens
     rate = plan.setup.hardware.bf16_flops / 1e12
     rows |= {
         "assumed rate": f"{100 * settings.assumed_utilisation:.0f}% of {rate:.0f} TFLOP/s (bf16, data sheet) for all "
         "executed products",
-        "assumed sides": f"{settings.text_tokens} tokens of text, {response} of response, {settings.patches_per_side} "
+        "assumed sides": f"{plan.side.text} tokens of text, {plan.side.response} of response, {plan.side.patches} "
         "patches",
         "not counted": "reading data, evaluation, checkpoints, collectives that nothing hides",
     }

@@ -33,8 +33,8 @@ class Rollouts:
     """None: not estimated (servers, devices without data sheet)."""
 
 
-def plan_rollouts(setup: Setup, settings: PlanConfig, prompt: Side, prompts: int) -> Rollouts:
-    """prompts: of a step, both sides of all pairs."""
+def plan_rollouts(setup: Setup, settings: PlanConfig, side: Side, prompts: int) -> Rollouts:
+    """side: a prompt and its response.  prompts: of a step, both sides of all pairs."""
     config, model, hardware = setup.config.rollout, setup.model, setup.hardware
     server, torch_engine = config.rollout_server is not None, config.rollout_engine == "torch" or not hardware.gpu
     engine = "server" if server else "torch" if torch_engine else "vllm"
@@ -42,7 +42,9 @@ def plan_rollouts(setup: Setup, settings: PlanConfig, prompt: Side, prompts: int
     engines = len(config.servers()) if server else setup.world_size // cut
     whole = stage_parameters(model, ParallelConfig(), 0, train_vision=False)
     weights = setup.itemsize * sum(parameter.numel for parameter in whole[0]) // cut
-    per_token = 2 * model.num_layers * model.num_query_groups * model.head_dim * setup.itemsize / cut
+    # An engine that is cut further than there are KV heads has each of them on several devices.
+    heads = max(model.num_query_groups, cut)
+    per_token = 2 * model.num_layers * heads * model.head_dim * setup.itemsize / cut
     longest, responses = setup.config.data.seq_length, -(-prompts * config.num_generations // engines)
     taken = tokens = 0
     if engine == "vllm":
@@ -53,10 +55,8 @@ def plan_rollouts(setup: Setup, settings: PlanConfig, prompt: Side, prompts: int
         taken = int(weights + tokens * per_token)
     seconds = None
     if engine != "server" and hardware.bandwidth is not None:
-        length = prompt.tokens(model)
-        together = min(responses, config.rollout_max_sequences, tokens // (length + settings.rollout_tokens))
-        together = max(together, 1)
-        read = weights + together * (length + settings.rollout_tokens / 2) * per_token
+        together = max(min(responses, config.rollout_max_sequences, tokens // side.tokens(model)), 1)
+        read = weights + together * (side.tokens(model) - side.response / 2) * per_token
         reached = hardware.bandwidth * settings.assumed_bandwidth
-        seconds = -(-responses // together) * settings.rollout_tokens * read / reached
+        seconds = -(-responses // together) * side.response * read / reached
     return Rollouts(engine, taken, weights, per_token, tokens, tokens // longest, responses, seconds)

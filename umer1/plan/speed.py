@@ -30,11 +30,14 @@ class Work:
     """Factor by which pipeline stages that wait make the step longer."""
 
 
-def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, vision_once: float = 1.0) -> Work:
+def step_work(
+    setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, updates: int = 1, vision_once: float = 1.0
+) -> Work:
     """Of one data-parallel rank's micro-batches times DP.
 
-    scoring_passes: forwards beside the one that is learnt from: those that the method asks for (GRPO's old and
-    reference log-probs).  vision_once: share of the ViT's work that is done, where sequences share pictures.
+    scoring_passes: forwards beside the ones that are learnt from: those that the method asks for (GRPO's old and
+    reference log-probs).  updates: how often each micro-batch is learnt from.  vision_once: share of the ViT's work
+    that is done, where sequences share pictures.
     """
     config, layout = setup.config, setup.layout
     decoder = vision = logits = attention = waits = 0.0
@@ -47,10 +50,11 @@ def step_work(setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, 
         lengths = batch.cu_seqlens.diff().double()
         width = setup.model.num_attention_heads * setup.model.head_dim
         attention += setup.model.num_layers * 2.0 * width * float((lengths**2).sum())
-    model = (3 + scoring_passes) * (decoder + logits) + (3 if config.model.train_vision else 1) * vision
+    model = (3 * updates + scoring_passes) * (decoder + logits) + (3 if config.model.train_vision else 1) * vision
     again = {"full": decoder * recomputed_share(setup), "selective": attention}
     extra = again.get(config.parallel.recompute_granularity, 0.0)
     extra += logits  # made again in the backward
+    extra *= updates
     if not scoring_passes and config.loss.cached_contrastive and len(batches) > 1:
         extra += decoder + (vision if config.model.train_vision else 0.0)
     turns = len(batches) * layout.virtual

@@ -39,16 +39,39 @@ class Steps:
         return self.setup.config.rollout.num_generations if self.policy else 1
 
     @property
+    def prompts(self) -> int:
+        """Sides of a rank's pairs in a mini-batch."""
+        return 2 * self.pairs // self.mini_batches
+
+    @property
+    def mini_batches(self) -> int:
+        """Parts of a step, each with micro-batches and an update of its own."""
+        return self.setup.config.policy.mini_batches if self.policy else 1
+
+    @property
     def response(self) -> int:
         """Assumed tokens of a response; none where L_disc alone is trained, which leaves them out."""
         if self.policy:
-            return self.settings.rollout_tokens
+            return min(self.settings.rollout_tokens, self.setup.config.rollout.max_completion_length)
         return self.settings.response_tokens if self.setup.config.loss.weights()[1:] != (0.0, 0.0) else 0
 
     @property
     def side(self) -> Side:
-        """A sequence as it is assumed."""
-        return self.settings.side(response=self.response)
+        """A sequence as it is assumed; no longer than seq_length."""
+        side = self.settings.side(response=self.response)
+        most = self.setup.config.data.seq_length
+        return side if side.tokens(self.setup.model) <= most else self._of_length(side, most)
+
+    def _of_length(self, side: Side, tokens: int, most_patches: int | None = None) -> Side:
+        """So many tokens in the same mix of text, response and pictures, as far as limits let it; text fills it up."""
+        scale, merge = tokens / side.tokens(self.setup.model), self.setup.model.vision.spatial_merge_size**2
+        patches, response = int(side.patches * scale), int(side.response * scale)
+        if most_patches is not None:
+            patches = min(patches, most_patches)
+        if self.policy:
+            response = min(response, self.setup.config.rollout.max_completion_length)
+        patches = patches // merge * merge
+        return Side(text=max(tokens - patches // merge - response, 1), response=response, patches=patches)
 
     @property
     def batch_step(self) -> int:
@@ -58,46 +81,44 @@ class Steps:
         step = layout.dp * (layout.pp if layout.virtual > 1 and not self.policy else 1)
         if self.policy:
             compared = config.reward.pairs_compared(config.data.global_batch_size)
-            step = math.lcm(layout.dp * config.policy.mini_batches, compared)
+            step = math.lcm(layout.dp * self.mini_batches, compared)
         return step
 
     def expected(self, data: DataConfig | None = None) -> list[PackedBatch] | list[PolicyWork]:
-        """A step's micro-batches; data: other limits than the run's."""
-        return self._made(self.side, 2 * self.pairs, data or self.setup.config.data)
+        """A step's micro-batches, mini-batch by mini-batch; data: other limits than the run's."""
+        data, layout = data or self.setup.config.data, self.setup.layout
+        multiple_of = layout.pp if layout.virtual > 1 else 1
+        parts = [self._made(self.side, self.prompts, data, multiple_of) for _ in range(self.mini_batches)]
+        return [work for part in parts for work in part]
 
-    def _made(self, side: Side, prompts: int, data: DataConfig) -> list[PackedBatch] | list[PolicyWork]:
-        setup = self.setup
-        cut = dict(pad_to_multiple=setup.padding, multiple_of=setup.layout.pp if setup.layout.virtual > 1 else 1)
+    def _made(
+        self, side: Side, prompts: int, data: DataConfig, multiple_of: int = 1
+    ) -> list[PackedBatch] | list[PolicyWork]:
+        model, cut = self.setup.model, dict(pad_to_multiple=self.setup.padding, multiple_of=multiple_of)
         if not self.policy:
-            return imagine_pairs(setup.model, side, prompts // 2, data, **cut)
+            return imagine_pairs(model, side, prompts // 2, data, **cut)
         asked = replace(side, response=0)
-        lengths = [[side.response] * self.group] * prompts
-        return imagine_rollouts(setup.model, [asked] * prompts, lengths, data, **cut)
+        return imagine_rollouts(model, [asked] * prompts, [[side.response] * self.group] * prompts, data, **cut)
 
     def fullest(self) -> list[PackedBatch] | list[PolicyWork]:
         """The expected step with the fullest micro-batches that the settings allow at its start.
 
-        Sequences of seq_length tokens in the same mix of text, response and pictures; as many micro-batches as a
-        stage holds at once, and one more.
+        As many tokens as the settings let together, in sequences of one length; as many micro-batches as a stage holds
+        at once, and one more.
         """
-        setup, data, side = self.setup, self.setup.config.data, self.side
-        least = 1 if self.policy else 2
-        together = data.micro_batch_size * least
-        if data.max_tokens_per_micro_batch is not None:
-            together = max(min(together, data.max_tokens_per_micro_batch // data.seq_length), least)
-        scale = data.seq_length / side.tokens(setup.model)
-        patches, response = int(side.patches * scale), int(side.response * scale)
+        setup, data, works = self.setup, self.setup.config.data, self.expected()
+        least = 1 if self.policy else 2  # what goes together whatever the budget
+        together, length, most_patches = data.micro_batch_size * least, data.seq_length, None
+        together = min(together, self.prompts * self.group)
+        if (budget := data.max_tokens_per_micro_batch) is not None:
+            together = max(min(together, -(-budget // (least * length)) * least), least)
+            length = min(length, budget // together) if together > least else length
         if data.max_patches_per_micro_batch is not None:
-            patches = min(patches, data.max_patches_per_micro_batch // together)
-        if self.policy:
-            response = min(response, setup.config.rollout.max_completion_length)
-        merge = setup.model.vision.spatial_merge_size**2
-        patches = patches // merge * merge
-        text = max(data.seq_length - patches // merge - response, 1)
-        works = self.expected()
-        count = min(setup.layout.pp * setup.layout.virtual + 1, len(works))
-        prompts = -(-count * together // self.group)
-        return self._made(Side(text=text, response=response, patches=patches), prompts, data)[:count] + works[count:]
+            most_patches = data.max_patches_per_micro_batch // together
+        count = min(setup.layout.pp * setup.layout.virtual + 1, len(works) // self.mini_batches)
+        prompts = min(-(-count * together // self.group), self.prompts)
+        made = self._made(self._of_length(self.side, length, most_patches), prompts, data)[:count]
+        return made + works[len(made) :]
 
     def memory(self, works: list[PackedBatch] | list[PolicyWork]) -> list[Timeline]:
         """A step over these micro-batches, for each pipeline stage."""
@@ -134,7 +155,7 @@ class Steps:
         usable = self.setup.hardware.usable_bytes
         if usable is None:
             return None
-        low, high = 0, self.pairs * (2 * self.group if self.policy else 1)
+        low, high = 0, self.prompts * self.group // (1 if self.policy else 2)
         while low < high:
             size = (low + high + 1) // 2
             limits = dict(micro_batch_size=size, max_tokens_per_micro_batch=None, max_patches_per_micro_batch=None)

@@ -119,4 +119,6 @@ def imagine_rollouts(
         seen.update(numbers)
         made = imagine(config, [sides[place] for place in batch], pad_to_multiple=pad_to_multiple)
         found.append(PolicyWork(made, imagine(config, new) if new else None))
+    while len(found) % multiple_of:  # fewer rollouts than stages: the trainer passes a prompt alone
+        found.append(PolicyWork(imagine(config, prompts[:1], pad_to_multiple=pad_to_multiple), None))
     return found

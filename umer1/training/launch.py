@@ -65,7 +65,9 @@ def program_violations(
     model = opened[0].config if opened else None
     if isinstance(config, GRPOConfig):
         problems += engine_violations(config, model)
-    return problems + (config.layout_violations(model, world_size) if model else [])
+    return problems + (
+        config.layout_violations(model, world_size) if model else config.parallel.violations(None, world_size)
+    )
 
 
 def open_directory(config: Any, *, weights: bool = True) -> HFDirectory:
