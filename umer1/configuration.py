@@ -128,7 +128,7 @@ def _convert_list(name: str, value: Any, item: type) -> list:
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(f"{rule}; {value!r} is not valid YAML") from None
     if not isinstance(value, list):
         raise ValueError(f"{rule}; {value!r} is no list")
@@ -175,7 +175,7 @@ def read_yaml(path: str | Path, config_class: type, problems: list[str]) -> dict
         raise UserError(f"--config {path}: cannot be read ({error}); give the path of a YAML file") from None
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no calendar; brackets without end
         raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
