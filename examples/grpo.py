@@ -25,7 +25,7 @@ from umer1.training.config import machine_violations
 from umer1.training.grpo import GRPOTrainer
 from umer1.training.launch import default_policy_violations, prepare_default_prompts, read_command_line
 from umer1.training.policy_config import GRPOConfig
-from umer1.training.signals import end_with_launcher
+from umer1.training.signals import SignalWatch, end_with_launcher
 from umer1.training.watch import Watch
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_grpo.yaml"
@@ -41,7 +41,7 @@ def main() -> None:
             dry_run.dry_run("grpo", sys.argv[1:], DEFAULT_CONFIG, default_policy_violations)
         return
     end_with_launcher()
-    with exit_on_user_error("grpo"):
+    with SignalWatch() as signals, exit_on_user_error("grpo"):
         config, directory = read_command_line(
             GRPOConfig,
             sys.argv[1:],
@@ -50,7 +50,7 @@ def main() -> None:
         )
         with (
             init_distributed(config.parallel, seed=config.run.seed) as state,
-            Watch.of(config, state, GRPOTrainer.own_phases) as watch,
+            Watch.of(config, state, GRPOTrainer.own_phases, signals) as watch,
         ):
             with watch.phase("preparing the default data"):
                 prepare_default_prompts(config, state)

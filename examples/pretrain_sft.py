@@ -23,7 +23,7 @@ from umer1.plan import dry_run
 from umer1.training.config import SFTConfig, machine_violations
 from umer1.training.launch import prepare_default_data, read_command_line
 from umer1.training.sft import SFTTrainer
-from umer1.training.signals import end_with_launcher
+from umer1.training.signals import SignalWatch, end_with_launcher
 from umer1.training.watch import Watch
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_sft.yaml"
@@ -39,11 +39,11 @@ def main() -> None:
             dry_run.dry_run("sft", sys.argv[1:], DEFAULT_CONFIG)
         return
     end_with_launcher()
-    with exit_on_user_error("pretrain_sft"):
+    with SignalWatch() as signals, exit_on_user_error("pretrain_sft"):
         config, directory = read_command_line(SFTConfig, sys.argv[1:], DEFAULT_CONFIG, machine_violations)
         with (
             init_distributed(config.parallel, seed=config.run.seed) as state,
-            Watch.of(config, state, SFTTrainer.own_phases) as watch,
+            Watch.of(config, state, SFTTrainer.own_phases, signals) as watch,
         ):
             with watch.phase("preparing the default data"):
                 prepare_default_data(config, state)

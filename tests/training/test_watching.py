@@ -6,6 +6,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +18,17 @@ from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.data.index_cache import KEPT_BYTES
 from umer1.distributed.parallel import ParallelConfig, init_distributed
+from umer1.errors import UserError
 from umer1.models.fp8 import FP8Config
+from umer1.processes import is_running
 from umer1.testing import run_distributed
 from umer1.training.config import SFTConfig
 from umer1.training.hang import HANG_STATUS, HangWatch, message
-from umer1.training.heartbeat import RECORD_BYTES, Heartbeat, read_beats
+from umer1.training.heartbeat import RECORD_BYTES, Heartbeat, other_run, read_beats
 from umer1.training.offending import LossWatch
 from umer1.training.sft import SFTTrainer
 from umer1.training.stragglers import straggler_report
+from umer1.training.watch import Watch
 from umer1.training.watch_config import WatchConfig
 
 SFT = str(TESTS.parent / "examples" / "pretrain_sft.py")
@@ -75,6 +80,41 @@ def test_a_stopped_rank_ends_the_run_with_one_message_about_every_rank(setting, 
     stacks = (tmp_path / "run" / "heartbeat" / f"rank-{other}.stacks").read_text()
     assert f"rank {other} (pid" in stacks and "Current thread" in stacks and "sft.py" in stacks, stacks
     run.assert_no_orphans()
+
+
+def beat_of(heart: Heartbeat, pid: int, host: str | None = None) -> None:
+    """Make a heartbeat that of another process."""
+    heart._pid, heart._host = pid, host or heart._host
+
+
+def test_a_second_run_in_the_same_save_is_refused(tmp_path):
+    """It would remove what the first one is writing.  The first one's rank 0 is process 1 here, which always runs."""
+    heart = Heartbeat(tmp_path / "heartbeat", 0, 0.05)
+    heart.folder.mkdir()
+    beat_of(heart, 1)
+    with init_distributed(ParallelConfig()) as state, heart:
+        heart.step = 7
+        with pytest.raises(UserError, match="save=.* is in use: .*process 1 on .* at step"):
+            Watch(WatchConfig(), None, str(tmp_path), state, ()).__enter__()
+    assert other_run(heart.folder) is None, "it has ended"
+
+
+def test_records_of_runs_that_are_gone_stop_nobody(tmp_path):
+    assert other_run(tmp_path) is None, "none"
+    heart, gone = Heartbeat(tmp_path, 0, 5.0), subprocess.Popen(["true"])
+    heart.write()
+    started = time.monotonic()
+    assert other_run(tmp_path) is None, "of this process"
+    while is_running(gone.pid):
+        time.sleep(0.01)
+    beat_of(heart, gone.pid)  # it has ended, and nobody has waited for it
+    heart.write()
+    assert other_run(tmp_path) is None and time.monotonic() - started < 5
+    gone.wait()
+    assert not is_running(gone.pid)
+    beat_of(heart, 1, "another-host")
+    heart.write()
+    assert other_run(tmp_path, patience=0.3) is None, "nobody writes it"
 
 
 def test_a_start_that_hangs_ends_with_the_phase_it_hangs_in(setting, tmp_path):

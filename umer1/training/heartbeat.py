@@ -1,4 +1,6 @@
-"""Where each rank is, in a small file of its own that a thread keeps fresh: read by people and by umer1.training.hang.
+"""Where each rank is, in a small file of its own that a thread keeps fresh.
+
+Read by people, by umer1.training.hang, and by a run that starts: two in one --save would remove each other's files.
 
 The training thread only sets fields: a disk that hangs cannot hold it up here.
 """
@@ -11,6 +13,8 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from umer1.processes import is_running
 
 RECORD_BYTES = 512
 ALARM = "alarm"  # holds "1" once a rank has found that the run hangs
@@ -136,6 +140,26 @@ def read_beats(folder: Path) -> dict[int, Beat]:
             continue
         found[beat.rank] = beat
     return found
+
+
+def other_run(folder: Path, patience: float = 11.0) -> Beat | None:
+    """The first rank's record of a run that writes it now, or None.
+
+    Only what may be alive is waited for, at most `patience` seconds, which is two intervals and more: a process of
+    another host, or one of this host that runs.
+    """
+    before = read_beats(folder).get(0)
+    if before is None or before.phase == "ended" or before.pid == os.getpid():
+        return None
+    if before.host == socket.gethostname()[:100] and not is_running(before.pid):
+        return None
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        now = read_beats(folder).get(0)
+        if now is not None and now != before:
+            return None if now.phase == "ended" else now
+    return None
 
 
 def _alarm_is_raised(folder: Path) -> bool:

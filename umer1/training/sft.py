@@ -197,9 +197,8 @@ class SFTTrainer(Trainer):
         if config.loss.cached_contrastive:
             negatives = f"{pairs - 1} (all pairs of the global batch)"
         else:
-            negatives = (
-                f"up to {config.data.micro_batch_size * self.state.dp_size - 1} (one micro-batch over all ranks)"
-            )
+            together = min(config.data.micro_batch_size * self.state.dp_size, pairs)
+            negatives = f"up to {together - 1} (one micro-batch over all ranks)"
         rows = {
             "variant": config.loss.variant,
             "global batch": f"{pairs} pairs, at most {config.data.micro_batch_size} a micro-batch and rank",

@@ -16,18 +16,17 @@ LEAVE = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun dies without ending it (Linux; elsewhere nothing happens).
-
-    A launcher that ignores SIGTERM and SIGUSR1, as under Slurm (examples/slurm/job.sh), hands that down: undone here.
-    """
-    for number in LEAVE:
-        signal.signal(number, signal.SIG_DFL)
+    """Have the kernel kill this rank when torchrun dies without ending it (Linux; elsewhere nothing happens)."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 
 
 class SignalWatch:
-    """A context manager that remembers the first signal; the loop looks at it once a step and all ranks agree on it."""
+    """A context manager that remembers the first signal; the loop looks at it once a step and all ranks agree on it.
+
+    Around all of the program: a start takes minutes, and a job that is preempted in one has not failed.  A launcher
+    that ignores these signals, as under Slurm (examples/slurm/job.sh), hands that down: here they are taken back.
+    """
 
     def __init__(self):
         self.received: int = 0

@@ -1,4 +1,4 @@
-"""What looks on while a run starts and trains: signals, heartbeats, the hang time-out, timers, profiles.
+"""What looks on while a run starts and trains: heartbeats, the hang time-out, timers, profiles.
 
 Nothing here touches a tensor of the model or a generator: curves are the same bits with all of it on.
 """
@@ -20,7 +20,7 @@ from umer1.checkpoints.layout import is_writable
 from umer1.distributed.parallel import ParallelState
 from umer1.training.batches import raise_together
 from umer1.training.hang import HangWatch, look_interval
-from umer1.training.heartbeat import Heartbeat, clear
+from umer1.training.heartbeat import Heartbeat, clear, other_run
 from umer1.training.profiling import StepProfiler
 from umer1.training.signals import SignalWatch
 from umer1.training.watch_config import WatchConfig
@@ -67,31 +67,36 @@ class Watch:
     """A context manager around a run on every rank, from its start on; collective.  Without it phases are only timed.
 
     own: the phases whose own work is compared between ranks (`take_own`): what a rank does before it waits for others.
+    signals: the program's, which hears them before there is a Watch; default: none is heard.
     """
 
     def __init__(
-        self, config: WatchConfig, hang_seconds: float | None, save: str | None, state: ParallelState, own: tuple
+        self,
+        config: WatchConfig,
+        hang_seconds: float | None,
+        save: str | None,
+        state: ParallelState,
+        own: tuple,
+        signals: SignalWatch | None = None,
     ):
         self.config, self.hang_seconds, self.save, self.state = config, hang_seconds, save, state
         self.own = {name: Stopwatch() for name in own}
         self.heart: Heartbeat | None = None
         self.profiler: StepProfiler | None = None
-        self.signals = SignalWatch()
+        self.signals = signals or SignalWatch()
         self._stack = ExitStack()
         self._phases: list[str] = []
         self._spent: dict[str, float] = {}  # seconds by phase since they were taken, from the first step on
         self._in_loop = False
 
     @classmethod
-    def of(cls, config: Any, state: ParallelState, own: tuple) -> "Watch":
+    def of(cls, config: Any, state: ParallelState, own: tuple, signals: SignalWatch | None = None) -> "Watch":
         """That of a run with this SFTConfig or GRPOConfig."""
         hang_seconds = config.watch.hang_seconds(config.parallel.distributed_timeout_minutes)
-        return cls(config.watch, hang_seconds, config.checkpoint.save, state, own)
+        return cls(config.watch, hang_seconds, config.checkpoint.save, state, own, signals)
 
     def __enter__(self) -> "Watch":
         with ExitStack() as stack:
-            # A start takes minutes, and a job that is preempted in one has not failed.
-            stack.enter_context(self.signals)
             folder = self._agree_on_folder()
             self.heart = Heartbeat(folder / "heartbeat", self.state.rank, look_interval(self.hang_seconds))
             stack.enter_context(self.heart)
@@ -114,7 +119,13 @@ class Watch:
         if self.state.rank == 0:
             problem = is_writable(folder)
             try:
-                clear(folder / "heartbeat")
+                if self.save and (other := other_run(folder / "heartbeat")):
+                    problem = (
+                        f"save={self.save} is in use: a run whose rank 0 is process {other.pid} on {other.host} is at "
+                        f"step {other.step} there; end it, or give another --save"
+                    )
+                else:
+                    clear(folder / "heartbeat")
             except OSError as error:
                 problem = problem or f"nothing can be written to {folder}/heartbeat: {error.strerror}"
         raise_together(problem)
