@@ -117,7 +117,7 @@ def test_every_problem_at_once(tmp_path):
     assert len(caught.value.violations) == 8
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just text"])
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just text", "lr: 2026-13-45", "lr: " + 3000 * "["])
 def test_unreadable_yaml_is_one_message(tmp_path, text):
     path = tmp_path / "c.yaml"
     path.write_text(text)
