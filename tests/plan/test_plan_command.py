@@ -135,6 +135,17 @@ def test_engines_that_are_cut_further_than_there_are_kv_heads(capsys):
     assert each == [2 * 28 * heads * 128 * 2 for heads in (2, 1, 1)]
 
 
+def test_an_engine_stands_on_one_node():
+    """Ranks 6 to 8 of three on each engine would be of two nodes."""
+    flags = ["--shape", "qwen2-vl-2b", "--hf-model", "x", "--world-size", "24", "--rollout-tensor-parallel-size", "3"]
+    flags += ["--global-batch-size", "48", "--hardware", "cpu"]
+    for check in (command.read_plan, lambda stage, argv: dry_run(stage, ["--dry-run", *argv], None)):
+        with pytest.raises(ConfigError, match="=3 must divide the 8 processes of a node"):
+            check("grpo", flags)
+    for further in (["--gpus-per-node", "6"], ["--rollout-engine", "torch"]):
+        command.read_plan("grpo", [*flags, *further])
+
+
 def test_mini_batches_through_interleaved_stages():
     """Each has micro-batches of its own, of prompts alone where there are fewer rollouts than stages."""
     flags = ["--shape", "qwen2-vl-2b", "--hf-model", "x", "--world-size", "7", "--hardware", "cpu"]

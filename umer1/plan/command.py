@@ -63,7 +63,9 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
             shapes.append(find_shape(config.plan.shape, Path(config.model.source)))
         except UserError as error:
             return [str(error), *config.parallel.violations(None, world_size if world_size >= 1 else None)]
-        return config.layout_violations(shapes[0], world_size) if world_size >= 1 else []
+        if config.plan.processes_of_node < 1:
+            return []
+        return config.layout_violations(shapes[0], world_size) + config.node_violations(config.plan.processes_of_node)
 
     config = load_config(STAGES[stage], argv, further=check)
     return make_plan(training_part(without_files(config)), shapes[0], config.plan)

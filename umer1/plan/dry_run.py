@@ -67,14 +67,16 @@ def _checked_plan(stage: str, argv: list[str], default_config: Path, check: Call
 
     def violations(config: Any) -> list[str]:
         settings = config.plan
-        if settings.world_size < 1:
+        if settings.processes_of_node < 1:
             return []
         config.parallel.resolve(settings.world_size, gpu=settings.on_gpus)
         if settings.shape is not None:
             models.append(SHAPES[settings.shape])
-            return config.layout_violations(models[0], settings.world_size)
+            found = config.layout_violations(models[0], settings.world_size)
+            return found + config.node_violations(settings.processes_of_node)
         opened: list[HFDirectory] = []
-        found = program_violations(config, check, settings.world_size, opened, gpu=settings.on_gpus, weights=False)
+        size = settings.world_size, settings.processes_of_node
+        found = program_violations(config, check, *size, opened, gpu=settings.on_gpus, weights=False)
         models.extend(directory.config for directory in opened)
         return found
 

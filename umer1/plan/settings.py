@@ -66,6 +66,10 @@ class PlanConfig:
         return self.hardware.lower() != "cpu"
 
     @property
+    def processes_of_node(self) -> int:
+        return min(self.gpus_per_node, self.world_size)
+
+    @property
     def num_nodes(self) -> int:
         return math.ceil(self.world_size / self.gpus_per_node)
 

@@ -64,6 +64,10 @@ class StageConfig:
         found = self.fp8.model_violations(model_config, ranks, stages) + self.data.violations(self.dp_size(world_size))
         return found + self.watch.violations(world_size)
 
+    def node_violations(self, processes: int) -> list[str]:
+        """Every broken rule about the processes of one node."""
+        return []
+
     def dp_size(self, world_size: int) -> int:
         """Data-parallel ranks of a legal layout."""
         return world_size // (self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size)

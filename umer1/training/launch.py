@@ -1,5 +1,6 @@
 """What happens between the command line and the first process group: all checks, those that need files included."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,8 @@ def read_command_line(
     opened: list[HFDirectory] = []
 
     def check_files(config: C) -> list[str]:
-        return program_violations(config, check, launched_world_size(), opened, gpu=devices.has_cuda())
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", launched_world_size()))
+        return program_violations(config, check, launched_world_size(), processes, opened, gpu=devices.has_cuda())
 
     config = load_config(config_class, argv, default_config, check_files)
     return config, opened[0]
@@ -44,6 +46,7 @@ def program_violations(
     config: Any,
     check: Callable[[Any], list[str]],
     world_size: int,
+    processes_of_node: int,
     opened: list[HFDirectory],
     *,
     gpu: bool,
@@ -56,7 +59,7 @@ def program_violations(
     """
     problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
     problems = [problem] if problem else []  # said now, not after days of training
-    problems += check(config)
+    problems += check(config) + config.node_violations(processes_of_node)
     config.parallel.resolve(world_size, gpu=gpu)
     try:
         opened.append(open_directory(config, weights=weights))

@@ -111,6 +111,16 @@ class GRPOConfig(StageConfig):
             )
         return found + self.reward.batch_violations(self.data.global_batch_size)
 
+    def node_violations(self, processes: int) -> list[str]:
+        """Every broken rule about the processes of one node."""
+        tensor, servers = self.rollout.rollout_tensor_parallel_size, self.rollout.rollout_server is not None
+        if servers or self.rollout.rollout_engine == "torch" or tensor < 1 or processes % tensor == 0:
+            return []
+        return [
+            f"rollout_tensor_parallel_size={tensor} must divide the {processes} processes of a node: the GPUs of an "
+            "engine are on one node"
+        ]
+
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
         """Every broken rule between the model, the layout and the number of processes."""
         found = StageConfig.layout_violations(self, model_config, world_size)
