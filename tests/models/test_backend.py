@@ -9,12 +9,16 @@ from umer1.models.backend import uses_te_attention
 
 
 def test_the_choice_follows_the_machine_and_an_impossible_wish_is_refused(monkeypatch):
+    bf16, fp32 = torch.bfloat16, torch.float32
     monkeypatch.setattr(device, "has_te", lambda: False)
-    assert not uses_te_attention("auto") and not uses_te_attention("sdpa")
-    with pytest.raises(UserError, match="core_attention=te needs a CUDA device and the package transformer_engine"):
-        uses_te_attention("te")
+    assert not uses_te_attention("auto", bf16) and not uses_te_attention("sdpa", bf16)
+    with pytest.raises(UserError, match="core_attention=te needs a CUDA device, the package transformer_engine"):
+        uses_te_attention("te", bf16)
     monkeypatch.setattr(device, "has_te", lambda: True)
-    assert uses_te_attention("auto") and uses_te_attention("te") and not uses_te_attention("sdpa")
+    assert uses_te_attention("auto", bf16) and uses_te_attention("te", bf16) and not uses_te_attention("sdpa", bf16)
+    assert not uses_te_attention("auto", fp32)
+    with pytest.raises(UserError, match="weights of 16 bits, these are torch.float32"):
+        uses_te_attention("te", fp32)
 
 
 def test_device_backend_and_dtype_belong_together():

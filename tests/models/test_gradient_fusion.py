@@ -73,5 +73,7 @@ def test_machine(monkeypatch, te, apex):
     monkeypatch.setattr(device, "has_te", lambda: te)
     monkeypatch.setattr(device, "has_apex_gradient_kernel", lambda: apex)
     assert machine_violations(SFTConfig()) == []
-    found = machine_violations(SFTConfig(parallel=ParallelConfig(gradient_accumulation_fusion=True)))
-    assert len(found) == (not te and not apex) and all("transformer_engine, or with apex" in line for line in found)
+    for bf16 in (True, False):  # Transformer Engine has no part in fp32
+        model, parallel = ModelConfig(bf16=bf16, fp32=not bf16), ParallelConfig(gradient_accumulation_fusion=True)
+        found = machine_violations(SFTConfig(model=model, parallel=parallel))
+        assert len(found) == (not (te and bf16) and not apex) and all("or with apex" in line for line in found)

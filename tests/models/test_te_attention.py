@@ -76,7 +76,7 @@ def compare(layout):
         want, gradients = _hidden_and_gradients(state, parallel, config, weights, batch)
         patch.setattr(transformer_engine, "TEDotProductAttention", StandInTEDotProductAttention)
         for module in (backend, model_module, vision_module):
-            patch.setattr(module, "uses_te_attention", lambda core_attention: True)
+            patch.setattr(module, "uses_te_attention", lambda core_attention, dtype: True)
         StandInTEDotProductAttention.calls = []
         got, got_gradients = _hidden_and_gradients(state, parallel, config, weights, batch)
     assert_close("hidden", got, want, rtol=1e-5)
@@ -99,7 +99,7 @@ def test_the_filling_of_sequence_parallel_ranks_is_a_segment():
 
 
 def test_both_transformers_are_built_of_transformer_engines_layers(monkeypatch):
-    """Where it is there; the spec itself is megatron's, here one of local layers that is told apart by its place."""
+    """Where it is there, but for fp32.  The spec is megatron's, here one of local layers, told apart by its place."""
     made = []
 
     def spec():
@@ -111,9 +111,14 @@ def test_both_transformers_are_built_of_transformer_engines_layers(monkeypatch):
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", StandInTEDotProductAttention)
     config = reference.our_config(next(iter(reference.CONFIGS)))
     for make, causal in ((decoder_config, True), (vision_config, False)):
-        built = backend.block_submodules(
-            make(config, ParallelConfig(), torch.float32), 2, causal=causal, final_norm=causal, core_attention="auto"
+        fp32, built = (
+            backend.block_submodules(
+                make(config, ParallelConfig(), dtype), 2, causal=causal, final_norm=causal, core_attention="auto"
+            )
+            for dtype in (torch.float32, torch.bfloat16)
         )
+        assert fp32.layer_specs[0] is not made[-1]
+        assert fp32.layer_specs[0].submodules.self_attention.submodules.core_attention.keywords["kernel"] is None
         assert built.layer_specs == [made[-1], made[-1]]
         attention = built.layer_specs[0].submodules.self_attention
         assert attention.params["attn_mask_type"] == (AttnMaskType.causal if causal else AttnMaskType.no_mask)

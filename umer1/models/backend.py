@@ -1,7 +1,8 @@
 """Which modules the transformers are built of: Transformer Engine's on CUDA when installed, megatron's local ones else.
 
-This is the one place that chooses.  FP8 (umer1/models/fp8.py) is settings of TransformerConfig that only the layers of
-`get_gpt_layer_with_transformer_engine_spec` read.
+Of fp32 weights always the local ones: Transformer Engine multiplies fp32 as TF32, and its attention kernels for packed
+sequences take 16-bit types alone.  This is the one place that chooses.  FP8 (umer1/models/fp8.py) is settings of
+TransformerConfig that only the layers of `get_gpt_layer_with_transformer_engine_spec` read.
 """
 
 import copy
@@ -71,20 +72,28 @@ class LayerNorm(nn.LayerNorm):
         self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
 
 
-def uses_te_attention(core_attention: CoreAttentionName) -> bool:
-    """Whether the attention kernel is Transformer Engine's.  Raises UserError when it is asked for and missing."""
-    if core_attention == "te" and not devices.has_te():
-        raise UserError("core_attention=te needs a CUDA device and the package transformer_engine; use auto or sdpa")
-    return core_attention != "sdpa" and devices.has_te()
+def uses_te_layers(dtype: torch.dtype) -> bool:
+    """Whether layers with weights of `dtype` are Transformer Engine's."""
+    return devices.has_te() and dtype != torch.float32
 
 
-def gradient_fusion_violations(asked: bool) -> list[str]:
-    """What this machine lacks for gradient_accumulation_fusion."""
-    if not asked or devices.has_te() or devices.has_apex_gradient_kernel():
+def uses_te_attention(core_attention: CoreAttentionName, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel is Transformer Engine's.  Raises UserError when it is asked for and can't be."""
+    if core_attention == "te" and not uses_te_layers(dtype):
+        raise UserError(
+            f"core_attention=te needs a CUDA device, the package transformer_engine and weights of 16 bits, these are "
+            f"{dtype}; use auto or sdpa"
+        )
+    return core_attention != "sdpa" and uses_te_layers(dtype)
+
+
+def gradient_fusion_violations(asked: bool, dtype: torch.dtype) -> list[str]:
+    """What this machine lacks for gradient_accumulation_fusion of weights of `dtype`."""
+    if not asked or uses_te_layers(dtype) or devices.has_apex_gradient_kernel():
         return []
     return [
-        "gradient_accumulation_fusion needs a CUDA device with the package transformer_engine, or with apex built with "
-        "--cuda_ext; leave it away"
+        "gradient_accumulation_fusion needs a CUDA device with the package transformer_engine and bf16 weights, or "
+        "with apex built with --cuda_ext; leave it away"
     ]
 
 
@@ -102,11 +111,11 @@ def block_submodules(
     """`num_layers` equal layers for megatron's TransformerBlock, and the norm after them if `final_norm`."""
     rms = config.normalization == "RMSNorm"
     norm = RMSNorm if rms else LayerNorm
-    spec = _te_layer() if devices.has_te() else _local_layer(norm, config.normalization)
+    spec = _te_layer() if uses_te_layers(config.params_dtype) else _local_layer(norm, config.normalization)
     attention = spec.submodules.self_attention
     attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
     kernel = None
-    if uses_te_attention(core_attention):
+    if uses_te_attention(core_attention, config.params_dtype):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention as kernel
     attention.submodules.core_attention = functools.partial(PackedCoreAttention, kernel=kernel)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm if final_norm else None)

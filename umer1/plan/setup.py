@@ -49,8 +49,8 @@ class Setup:
 
     @property
     def kernel(self) -> Kernel:
-        """The attention kernel: Transformer Engine is taken to be installed where there is a GPU."""
-        return "te" if self.hardware.gpu else "sdpa"
+        """The attention kernel: Transformer Engine is taken to be installed where there is a GPU; not for fp32."""
+        return "te" if self.hardware.gpu and self.itemsize == 2 else "sdpa"
 
     @property
     def padding(self) -> int:

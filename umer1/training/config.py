@@ -31,7 +31,7 @@ class RunConfig:
 
 def machine_violations(config: "StageConfig") -> list[str]:
     """What this process's machine lacks; all of it at once."""
-    fusion = gradient_fusion_violations(config.parallel.gradient_accumulation_fusion)
+    fusion = gradient_fusion_violations(config.parallel.gradient_accumulation_fusion, config.model.params_dtype)
     return config.fp8.machine_violations() + fusion
 
 

@@ -55,7 +55,7 @@ class Qwen2VL(LanguageModule):
         self.pre_process = state.is_first_stage and vp_stage in (None, 0)
         self.post_process = state.is_last_stage and vp_stage in (None, last_virtual)
         self.share_embeddings_and_output_weights = model_config.tie_word_embeddings
-        self.te_attention = uses_te_attention(core_attention)
+        self.te_attention = uses_te_attention(core_attention, params_dtype)
         padded_vocab = model_config.padded_vocab_size(state.tp_size)
         self.local_vocab = padded_vocab // state.tp_size
         # Rows of the vocabulary that this rank's shard really holds; the rest is padding.

@@ -74,7 +74,7 @@ class VisionTower(MegatronModule):
         self.vision, groups = vision, state.vision_groups
         # The ranks that divide frames between them; None: each sees all.
         self.divided_over = state.groups.tp if state.vision_data_parallel else None
-        self.te_attention = uses_te_attention(core_attention)
+        self.te_attention = uses_te_attention(core_attention, config.params_dtype)
         self.patch_embed = PatchEmbed(config, vision.patch_dim)
         submodules = block_submodules(
             config, vision.depth, causal=False, final_norm=False, core_attention=core_attention
