@@ -18,6 +18,11 @@ from umer1_kernels import infonce  # noqa: E402
 from umer1_kernels.variants import INTERPRETED  # noqa: E402
 
 LARGEST = (16, 40, 120) if INTERPRETED else (100, 700, 3000)  # sizes of most, some, few cases
+# A GPU compiles for every combination of options, dtype and alignment, seconds each: few cases, spread over tests that
+# can run side by side.  (tests, cases in each)
+SMALL, LAUNCHES, DOOR = ((8, 50), (1, 30), (2, 20)) if INTERPRETED else ((8, 3), (4, 1), (4, 2))
+LARGER = [(LARGEST[1], 15), (LARGEST[2], 2)] if INTERPRETED else [(LARGEST[1], 2)] * 4 + [(LARGEST[2], 1)] * 2
+IMPLS = ("triton",) if INTERPRETED else ("triton", "torch")  # plain torch's products on a GPU are tested here alone
 # Relative rounding of dS in memory; the interpreter cuts bf16 off where a GPU rounds it.
 SLOPE_ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SLOPE_UNDERFLOW = {torch.float32: 0.0, torch.float16: 2.0**-25 / infonce.FP16_RANGE, torch.bfloat16: 0.0}
@@ -125,18 +130,24 @@ def small_pieces(monkeypatch):
         monkeypatch.setattr(infonce, name, size)
 
 
-@pytest.mark.parametrize("batch", [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in range(1, 8))])
+def more(number: int):
+    """A parameter of which the first one is enough where all are compiled alike."""
+    return pytest.param(number, marks=pytest.mark.thorough) if INTERPRETED and number else number
+
+
+@pytest.mark.parametrize("batch", map(more, range(SMALL[0])))
 def test_random_blocks(batch):
-    check_random(50, LARGEST[0])
+    check_random(SMALL[1], LARGEST[0])
 
 
-def test_random_larger_blocks():
-    check_random(15, LARGEST[1])
-    check_random(2, LARGEST[2])
+@pytest.mark.parametrize("largest,number", LARGER)
+def test_random_larger_blocks(largest, number):
+    check_random(number, largest)
 
 
-def test_random_blocks_in_several_launches(small_pieces):
-    check_random(30, LARGEST[0])
+@pytest.mark.parametrize("batch", range(LAUNCHES[0]))
+def test_random_blocks_in_several_launches(small_pieces, batch):
+    check_random(LAUNCHES[1], LARGEST[0])
 
 
 @pytest.mark.parametrize("rows,columns", [(0, 5), (5, 0), (0, 0)])
@@ -197,10 +208,11 @@ def plain_loss(case: Case, query: torch.Tensor, key: torch.Tensor, negative: tor
     return ((logits.logsumexp(1) - own) + (by_column - own)).sum() / (2 * len(query))
 
 
-@pytest.mark.parametrize("batch", range(2))
-def test_through_the_door(batch):
-    """`umer1.ops.infonce(..., impl="triton")`: the loss and the gradient of every input, by name."""
-    for _ in range(20):
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("batch", range(DOOR[0]))
+def test_through_the_door(batch, impl):
+    """`umer1.ops.infonce(..., impl=impl)`: the loss and the gradient of every input, by name."""
+    for _ in range(DOOR[1]):
         seed = fresh_seed()
         hint = f"random_case({seed}, largest={LARGEST[0]})"
         case = random_case(seed, largest=LARGEST[0])
@@ -218,7 +230,7 @@ def test_through_the_door(batch):
             negatives=leaves[2],
             query_ids=moved.row_ids,
             key_ids=moved.column_ids,
-            impl="triton",
+            impl=impl,
         )
         scale = 1 / float(case.temperature)
         close("loss", loss, wanted, 2 * LOGIT_ERROR * (4 + 2 * scale), hint)
@@ -241,14 +253,18 @@ def test_through_the_door(batch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter cuts bf16 off, a GPU rounds it")
-def test_bf16_gradients_with_hard_negatives():
-    """Within 0.3 % of fp64 at temperature 0.02, where similarities in bf16 are off by several times as much."""
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bf16_gradients_with_hard_negatives(impl):
+    """Within 0.3 % of fp64 at temperature 0.02, where similarities in bf16 are off by several times as much.
+
+    torch: its form for few pairs.
+    """
     draw = torch.Generator().manual_seed(1)
     center = torch.randn(1536, generator=draw)
     query = torch.nn.functional.normalize(2 * center + torch.randn(1024, 1536, generator=draw), dim=1)
     key = torch.nn.functional.normalize(query + 0.01 * torch.randn(1024, 1536, generator=draw), dim=1)
     leaves = [rows.bfloat16().to(device()).requires_grad_() for rows in (query, key)]
-    gradients = torch.autograd.grad(ops.infonce(*leaves, temperature=0.02, impl="triton"), leaves)
+    gradients = torch.autograd.grad(ops.infonce(*leaves, temperature=0.02, impl=impl), leaves)
     exact = [rows.detach().double().requires_grad_() for rows in leaves]
     labels = torch.arange(1024, device=device())
     logits = exact[0] @ exact[1].T / 0.02

@@ -19,17 +19,19 @@ from umer1_kernels.variants import INTERPRETED  # noqa: E402
 DEVICE = "cpu" if INTERPRETED else "cuda"
 LARGEST = (60, 300) if INTERPRETED else (600, 5000)  # of one dimension: a row is a program of the interpreter
 CASES, TESTS = 20, 25
+IMPLS = ("triton",) if INTERPRETED else ("triton", "torch")  # plain torch's products on a GPU are tested here alone
 pytestmark = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="no GPU and no interpreter")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("part", [0, *(pytest.param(number, marks=pytest.mark.thorough) for number in range(1, TESTS))])
-def test_random_cases_equal_fp64(part):
+def test_random_cases_equal_fp64(part, impl):
     """On a GPU the gradients' products are from 16-bit operands; the interpreter's are from fp32 ones."""
     start = random.SystemRandom().randrange(1 << 30)
     for seed in range(start, start + CASES):
         case = make_case(seed, DTYPES[:3], LARGEST)
         case = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in case.items()}
-        check_case(case, tensor_cores=not INTERPRETED, impl="triton")
+        check_case(case, tensor_cores=not INTERPRETED, impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
