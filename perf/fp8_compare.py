@@ -1,13 +1,15 @@
 """FP8 against bf16: losses of the same steps from the same weights, embeddings at the end, speed.
 
-    python perf/fp8_compare.py [--model Qwen2-VL-2B|small] [--steps 200] [--results DIR]
+    python perf/fp8_compare.py [--model Qwen2-VL-2B|small] [--steps 200] [--seconds N] [--results DIR]
 
-Without a GPU it compares bf16 with fp32 on the small model: that shows that the comparison runs and what a coarser
-type does to these numbers, and says nothing of FP8.
+With --seconds nearly half of them bound bf16's steps, and FP8 takes as many.  Without a GPU it compares bf16 with fp32
+on the small model: that shows that the comparison runs and what a coarser type does to these numbers, and says nothing
+of FP8.
 """
 
 import argparse
 import statistics
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from provenance import new_record, save_record
 from step_sft import SIZES, FixedBatches, settings
+from steps import timed
 from synthetic import MODELS, directory_of, random_pairs
 
 from umer1 import device
@@ -78,18 +81,22 @@ class CompareTrainer(SFTTrainer):
 
 @torch.no_grad()
 def fill_equally(models: list[torch.nn.Module]) -> None:
-    """Norms 1, biases 0, all else normal with 0.02 and rounded to bf16, drawn on the CPU: equal in every precision."""
-    generator = torch.Generator().manual_seed(0)
+    """Norms 1, biases 0, all else normal with 0.02 and rounded to bf16, drawn in fp32: equal in every precision."""
+    place = device.device()
+    generator = torch.Generator(place).manual_seed(0)
     for model in models:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.02).bfloat16())
+                drawn = torch.randn(parameter.shape, generator=generator, device=place)
+                parameter.copy_((drawn * 0.02).bfloat16())
             else:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
-def train(model_name: str, precision: str, steps: int) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """(a row of the record, embeddings of the final model)."""
+def train(
+    model_name: str, precision: str, steps: int, until: float = float("inf")
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """(a row of the record, embeddings of the final model); no step begins after `until` of time.monotonic()."""
     config = settings(model_name, precision)
     if lacking := config.fp8.machine_violations():
         return {"not_measured": "; ".join(lacking)}, None
@@ -98,18 +105,15 @@ def train(model_name: str, precision: str, steps: int) -> tuple[dict[str, Any], 
     with init_distributed(config.parallel, seed=config.run.seed) as state:
         trainer = CompareTrainer(config, model_name, state)
         records = []
-        for _ in range(steps):
-            records.append(trainer.train_step())
-            device.synchronize()
+        while len(records) < steps and (not records or time.monotonic() < until):
+            records.append(timed(trainer.train_step))
         embeddings = trainer.embeddings()
         row = {
-            "steps": steps,
+            "steps": len(records),
             "seconds": statistics.median(record["seconds"] for record in records[WARM_UP:] or records),
             "skipped": trainer.skipped,
             "losses": [record["loss"] for record in records],
         }
-    if device.has_cuda():
-        torch.cuda.empty_cache()
     return row, embeddings
 
 
@@ -127,9 +131,11 @@ def compare(coarse: dict[str, Any], fine: dict[str, Any], coarse_rows: torch.Ten
 
 
 def main() -> None:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="Qwen2-VL-2B" if device.has_cuda() else "small")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="at most; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all of it, from its start on")
     parser.add_argument("--results", help="folder for the JSON record; default: perf/results")
     options = parser.parse_args()
     fine, coarse = ("bf16", "fp8") if device.has_cuda() else ("fp32", "bf16")
@@ -137,9 +143,10 @@ def main() -> None:
     if coarse != "fp8":
         about += " No FP8: this machine has no GPU."
     record = new_record("fp8_compare") | {"about": about}
-    rows, embeddings = {}, {}
-    for precision in (fine, coarse):
-        rows[precision], embeddings[precision] = train(options.model, precision, options.steps)
+    rows, embeddings, steps = {}, {}, options.steps
+    for precision, until in ((fine, started + 0.45 * options.seconds), (coarse, float("inf"))):
+        rows[precision], embeddings[precision] = train(options.model, precision, steps, until)
+        steps = rows[precision].get("steps", steps)
         record["rows"].append({"model": options.model, "precision": precision, **rows[precision]})
         save_record(record, options.results)
     if embeddings[coarse] is not None and embeddings[fine] is not None:

@@ -2,18 +2,18 @@
 
     make gpu-check        or        python3 perf/gpu_check.py [--parts build tests infonce ...] [--output perf/results]
 
-Parts run one after the other, each in a process of its own with a time limit of its own, so that one that fails or
-hangs does not end the others; what a part has measured until then is kept.  The checkout is used as it is: the
-extension is built in place, and nothing is installed.  Ends with a table, and with status 1 when a part failed or a
-correctness part (build, tests) did not run to its end; a measurement that was not made is a line of the table.
+Parts run one after the other, the one that tells most first, each in a process of its own with a time limit of its own,
+so that one that fails or hangs does not end the others.  At its limit a part is interrupted as by Ctrl-C, and pytest
+then says what has failed until there; what a part has measured is kept.  The checkout is used as it is: the extension
+is built in place, and nothing is installed.  Ends with a table, and with status 1 when a part failed or a correctness
+part (build, tests) did not run to its end; a measurement that was not made is a line of the table.
 
-Writes OUTPUT/*.json, OUTPUT/gpu_check.log (all that the parts printed) and, when it goes to perf/results,
-perf/README.md.
+Writes OUTPUT/*.json, OUTPUT/gpu_check.log (all that the parts printed, and what became of each) and, when it goes to
+perf/results, perf/README.md.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import signal
@@ -28,8 +28,9 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
 LINKS = ROOT / "build" / "gpu_check"
-TOTAL_SECONDS = 590.0
-GRACE_SECONDS = 5.0
+STARTED = time.monotonic()
+TOTAL_SECONDS = 565.0  # from STARTED: ten minutes less what the last part may take to end, and the tables
+GRACE_SECONDS = 8.0  # to end after an interrupt; pytest tells its failures in it
 TRAINING = ("torch", "numpy", "megatron.core", "transformers", "tokenizers", "safetensors", "PIL", "yaml")
 SUITES = ("torch", "numpy", "pytest", "pytest_benchmark")
 
@@ -39,7 +40,7 @@ class Part:
     """One child process."""
 
     name: str
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # {output} in it is the folder of results, {seconds} the limit that it runs under
     limit: float  # seconds at most
     needs: tuple[str, ...]  # import names
     reserve: float = 0.0  # seconds that the parts before it leave to it
@@ -56,56 +57,76 @@ class Outcome:
     seconds: float = 0.0
     note: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.status}, {self.seconds:.0f} s: {self.note}"
+
+
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Of tests/kernels and tests/ops those that use a GPU; the others say the same on any machine.
+GPU_TESTS = (
+    "tests/kernels/test_infonce_triton.py",
+    "tests/kernels/test_rank_margin_triton.py",
+    "tests/kernels/test_linear_softmax_triton.py",
+    "tests/ops/test_gather_hidden.py",
+)
+# Whole programs on a GPU, as a user starts them: train, save, resume, export, generate, against plain transformers.
+PROGRAMS = (
+    "tests/training/test_sft_program.py::test_a_run_in_bf16_learns_and_leaves_its_record",
+    "tests/training/test_grpo_program.py::test_the_first_step_against_plain_transformers",
+    "tests/training/test_grpo_program.py::test_the_record",
+    "tests/inference/test_encode_command.py::test_gen_mode_writes_embeddings_and_responses",
+)
+
+
+def pytest_part(name: str, tests: Sequence[str], *, workers: int, needs: Sequence[str], **options) -> Part:
+    """Tests side by side where pytest-xdist is there: they wait for compilers and for processes to start."""
+    command = (*PYTEST, "-m", "not thorough", *tests)
+    if _found("xdist"):
+        command += ("-n", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal")
+    # One thread for each worker: with all cores for each there would be many times too many.  torchrun's address: a
+    # machine without a network may not know its own name.
+    environment = (("OMP_NUM_THREADS", "1"), ("PET_LOCAL_ADDR", "127.0.0.1"))
+    return Part(name=name, command=command, needs=(*needs, "pytest"), environment=environment, **options)
+
 
 def suite(name: str, limit: float, reserve: float) -> Part:
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--sizes", "gpu", f"perf/bench_{name}.py")
-    needs = SUITES + (("megatron.core",) if name == "linear_cross_entropy" else ())
-    return Part(name=name, command=(*command, "--results", "{output}"), limit=limit, needs=needs, reserve=reserve)
+    command = (*PYTEST, "--sizes", "gpu", f"perf/bench_{name}.py", "--results", "{output}")
+    return Part(name=name, command=command, limit=limit, needs=SUITES, reserve=reserve)
 
 
 def all_parts() -> list[Part]:
-    """In the order that they run in: what is right first, then what is fast."""
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops", "tests/kernels")
-    if _found("xdist"):
-        tests += ("-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile")
-    else:  # one after the other they would take too long
-        tests += ("-m", "not thorough")
-    build = ("setup.py", "build_ext", "--inplace")
+    """In the order that they run in: what is right first, then what a step takes, then what an operation takes."""
     return [
         Part(
             name="build",
-            command=build,
+            command=("setup.py", "build_ext", "--inplace"),
             limit=150,
             needs=("torch", "setuptools"),
             correctness=True,
             environment=(("UMER1_CUDA", "1"),),
         ),
-        Part(
-            name="tests",
-            command=tests,
-            limit=200,
-            needs=("torch", "triton", "pytest"),
-            correctness=True,
-        ),
-        suite("infonce", 130, reserve=45),
-        suite("rank_margin", 45, reserve=15),
-        suite("gather_hidden", 45, reserve=15),
-        suite("linear_cross_entropy", 70, reserve=25),
+        pytest_part("tests", GPU_TESTS, workers=16, needs=("torch", "triton"), limit=160, reserve=60, correctness=True),
+        pytest_part("programs", PROGRAMS, workers=3, needs=TRAINING, limit=100, reserve=40),
         step("step_sft"),
         step("step_grpo"),
-        Part(
-            name="fp8_compare",
-            command=("perf/fp8_compare.py", "--results", "{output}"),
-            limit=200,
-            needs=TRAINING,
-            reserve=40,
+        suite("infonce", 140, reserve=45),
+        suite("linear_cross_entropy", 70, reserve=25),
+        suite("gather_hidden", 45, reserve=15),
+        suite("rank_margin", 45, reserve=15),
+        pytest_part(
+            "fp8_weights",
+            ("tests/models/test_fp8_gpu.py",),
+            workers=3,
+            needs=(*TRAINING, "transformer_engine"),
+            limit=90,
+            reserve=25,
         ),
         Part(
-            name="fp8_weights",
-            command=("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/test_fp8_gpu.py"),
-            limit=90,
-            needs=(*TRAINING, "pytest", "transformer_engine"),
-            reserve=25,
+            name="fp8_compare",
+            command=("perf/fp8_compare.py", "--seconds", "{seconds}", "--results", "{output}"),
+            limit=200,
+            needs=(*TRAINING, "transformer_engine"),
+            reserve=40,
         ),
     ]
 
@@ -147,15 +168,15 @@ def import_path() -> str:
     if not _found("umer1_kernels"):
         LINKS.mkdir(parents=True, exist_ok=True)
         link = LINKS / "umer1_kernels"
-        if not link.exists():
-            link.symlink_to(ROOT / "kernels", target_is_directory=True)
+        link.unlink(missing_ok=True)  # one that came along with the checkout leads to where that was
+        link.symlink_to(ROOT / "kernels", target_is_directory=True)
         places.append(str(LINKS))
     return os.pathsep.join([*places, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) -> Outcome:
     """Run it in a process group of its own, which is ended at the limit."""
-    command = [sys.executable, *(word.format(output=output) for word in part.command)]
+    command = [sys.executable, *(word.format(output=output, seconds=int(limit)) for word in part.command)]
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **dict(part.environment)}
     log.write(f"\n===== {part.name}: {shlex.join(command[1:])}\n".encode())
     log.flush()
@@ -163,14 +184,15 @@ def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) 
     child = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
+    note = ""
     try:
         code: int | None = child.wait(timeout=limit)
     except subprocess.TimeoutExpired:
-        code = None
+        code, note = None, _last_line(Path(log.name), start_of_log)  # before it speaks of the interrupt
     finally:
         _end_group(child)
     seconds = time.monotonic() - started
-    note = _last_line(Path(log.name), start_of_log)
+    note = note or _last_line(Path(log.name), start_of_log)
     if code is None:
         return Outcome(name=part.name, status="timed out", seconds=seconds, note=f"after {limit:.0f} s; {note}")
     return Outcome(name=part.name, status="passed" if code == 0 else "failed", seconds=seconds, note=note)
@@ -178,7 +200,7 @@ def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) 
 
 def _end_group(child: subprocess.Popen) -> None:
     """The part and whatever it has started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)
         except ProcessLookupError:
@@ -198,7 +220,7 @@ def _last_line(path: Path, start: int) -> str:
 
 
 def run_parts(parts: Sequence[Part], output: Path, total: float = TOTAL_SECONDS) -> list[Outcome]:
-    """All parts, in order; together no longer than `total` seconds."""
+    """All parts, in order; together no longer than `total` seconds.  The log ends with the table of them."""
     output.mkdir(parents=True, exist_ok=True)
     deadline, path, found = time.monotonic() + total, import_path(), []
     with (output / "gpu_check.log").open("wb") as log:
@@ -214,7 +236,10 @@ def run_parts(parts: Sequence[Part], output: Path, total: float = TOTAL_SECONDS)
                 print(f"{part.name} (at most {limit:.0f} s) ...", flush=True)
                 outcome = run_part(part, limit, log, path, output)
             found.append(outcome)
-            print(f"{part.name}: {outcome.status}, {outcome.seconds:.0f} s: {outcome.note}", flush=True)
+            print(outcome, flush=True)
+            log.write(f"\n===== {outcome}\n".encode())
+            log.flush()
+        log.write(f"\n{summary(found)}\n".encode())
     return found
 
 
@@ -254,8 +279,7 @@ def main() -> int:
     parts = [part for part in parts if options.parts is None or part.name in options.parts]
     report_missing(parts)
     output = options.output.resolve()
-    outcomes = run_parts(parts, output)
-    (output / "gpu_check.json").write_text(json.dumps([vars(each) for each in outcomes], indent=2) + "\n")
+    outcomes = run_parts(parts, output, STARTED + TOTAL_SECONDS - time.monotonic())
     if output == RESULTS and not missing(["matplotlib"]):
         subprocess.run(
             [sys.executable, "perf/table.py"], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": import_path()}

@@ -103,7 +103,7 @@ def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
         trainer = StepTrainer(config, model_name, state)
         records, peak = time_steps(trainer.train_step, steps)
         seconds, flops = median_of(records, "seconds"), median_of(records, "flops")
-        found = {
+        return {
             "pairs": config.data.global_batch_size,
             "tokens": median_of(records, "tokens"),
             "seconds": seconds,
@@ -114,8 +114,6 @@ def measure(model_name: str, precision: str, steps: int) -> dict[str, Any]:
             "loss": records[-1]["loss"],
             "skipped": trainer.skipped,
         }
-    torch.cuda.empty_cache()
-    return found
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """What the step benchmarks of both stages share: command line, settings, timing, and the record."""
 
 import argparse
+import gc
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,17 +32,22 @@ def model_settings(fp32: bool) -> tuple[ModelConfig, ParallelConfig]:
     return ModelConfig(fp32=fp32, bf16=not fp32), parallel
 
 
+def timed(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A step's record, its `seconds` until the device has done all of it: a step ends with the optimizer's launches."""
+    device.synchronize()
+    started = time.perf_counter()
+    record = step()
+    device.synchronize()
+    return record | {"seconds": time.perf_counter() - started}
+
+
 def time_steps(step: Callable[[], dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], int | None]:
     """(records of `count` steps after two that warm up, peak bytes on the GPU: everything that is allocated)."""
     for _ in range(2):
         step()
     if device.has_cuda():
         torch.cuda.reset_peak_memory_stats()
-    records = []
-    for _ in range(count):
-        device.synchronize()
-        records.append(step())
-        device.synchronize()
+    records = [timed(step) for _ in range(count)]
     return records, torch.cuda.max_memory_allocated() if device.has_cuda() else None
 
 
@@ -58,6 +65,7 @@ def run(suite: str, about: str, options: argparse.Namespace, precisions: tuple[s
     """Measure every precision; the record is written after each."""
     record = new_record(suite) | {"about": about}
     for precision in precisions:
+        gc.collect()  # a trainer holds itself in circles; the one before would count in this one's peak
         row = {"model": options.model, "precision": precision, **measure(options.model, precision, options.steps)}
         record["rows"].append(row)
         path = save_record(record, options.results)

@@ -106,11 +106,13 @@ class Session:
             return list(benchmark.stats.stats.data)
 
         cost = self.suite.cost(case)
-        row = measured(provider, inputs, reference, cost, self.record["ceilings"], timer)
         shape = {"shape": dict(case.shape), "dtype": dtype_name(case.dtype), "mode": case.mode}
-        work = {"flops": cost.flops, "bytes": cost.bytes}
-        self.record["rows"].append(shape | work | row)
-        save_record(self.record, self.folder)
+        row = {"provider": provider.name, "ours": provider.ours, "not_measured": "broke off"}
+        try:
+            row = measured(provider, inputs, reference, cost, self.record["ceilings"], timer)
+        finally:  # one of ours that fails, and what is interrupted, are lines of the record too
+            self.record["rows"].append(shape | {"flops": cost.flops, "bytes": cost.bytes} | row)
+            save_record(self.record, self.folder)
         if "not_measured" in row:
             pytest.skip(row["not_measured"])
         benchmark.extra_info.update(

@@ -74,8 +74,35 @@ def test_parts_are_on_their_own(tmp_path):
     assert found["absent"].note == "missing: a_package_that_is_not_there, email.nothing"
     assert found["after"].note == str(ROOT)[:110]
     log = (tmp_path / "gpu_check.log").read_text()
-    assert "===== hangs" in log and "it broke" in log
-    assert all(name in summary(list(found.values())) for name in statuses)
+    assert "===== hangs: -c" in log and f"===== {found['broken']}" in log
+    assert log.endswith(f"\n{summary(list(found.values()))}\n") and all(name in log for name in statuses)
+
+
+def test_at_its_limit_a_part_of_tests_says_what_has_failed(tmp_path):
+    tests = tmp_path / "test_two.py"
+    tests.write_text("import time\ndef test_wrong():\n    assert 1 == 2\ndef test_hangs():\n    time.sleep(60)\n")
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(tmp_path), str(tests))
+    waits = Part(name="tests", command=command, limit=5.0, needs=())
+    (outcome,) = run_parts([waits], tmp_path / "out")
+    assert outcome.status == "timed out"
+    log = (tmp_path / "out" / "gpu_check.log").read_text()
+    assert "assert 1 == 2" in log and "1 failed" in log and "KeyboardInterrupt" in log
+
+
+def test_a_part_knows_its_limit_and_the_folder(tmp_path):
+    tells = Part(
+        name="tells", command=("-c", "import sys; print(sys.argv[1:])", "{output}", "{seconds}"), limit=9.9, needs=()
+    )
+    (outcome,) = run_parts([tells], tmp_path)
+    assert outcome.note == f"['{tmp_path}', '9']"[:110]
+
+
+def test_a_link_that_came_along_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LINKS", tmp_path)
+    monkeypatch.setattr(gpu_check, "_found", lambda name: name != "umer1_kernels")
+    (tmp_path / "umer1_kernels").symlink_to(tmp_path / "of another machine")
+    assert str(tmp_path) in gpu_check.import_path().split(":")
+    assert (tmp_path / "umer1_kernels").resolve() == ROOT / "kernels"
 
 
 def test_a_part_that_hangs_leaves_nothing_behind(tmp_path):
@@ -122,7 +149,9 @@ def test_the_real_parts():
     parts = gpu_check.all_parts()
     assert [each.name for each in parts[:2]] == ["build", "tests"]
     assert all(each.correctness == (each.name in ("build", "tests")) for each in parts)
-    files = [word for each in parts for word in each.command if word.endswith(".py") or word.startswith("tests/")]
-    assert all((ROOT / name).exists() for name in files)
+    files = [word for each in parts for word in each.command if word.startswith("tests/") or word.endswith(".py")]
+    for file, _, test in (word.partition("::") for word in files):
+        assert not test or f"def {test}(" in (ROOT / file).read_text()
+        assert (ROOT / file).exists()
     assert gpu_check.TOTAL_SECONDS < 600
     assert missing(["os", "umer1.device", "nothing_like_it.at_all"]) == ["nothing_like_it.at_all"]

@@ -140,7 +140,7 @@ def test_the_program_reads_records_and_leaves_others_alone(tmp_path):
     output.mkdir()
     (results / "infonce_cpu.json").write_text(json.dumps(nce() | {"machine": {"device": "CPU"}}))
     (results / "mini_seeds.json").write_text(json.dumps({"seeds": []}))
-    (results / "gpu_check.json").write_text(json.dumps([{"name": "build"}]))
+    (results / "a_list.json").write_text(json.dumps([{"name": "build"}]))
     assert len(load_records(results)) == 1
     command = [sys.executable, "perf/table.py", "--results", str(results), "--output", str(output)]
     for _ in range(2):
