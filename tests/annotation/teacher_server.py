@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 # What a side gets for good, by its text's hash; the others get a good answer.
 KINDS = ("format", "empty", "repetition", "cut_off", "over_length", "refused", "forged")
+# Fates of a request that brings no answer, and is made again.
+FAILURES = ("503", "429", "500", "cut", "not json", "no choices", "short body", "204", "error body", "abort")
 _VARIED = hashlib.sha512(b"varied").hexdigest()  # no 8-gram twice, whatever the tokenizer
 
 
@@ -72,7 +74,7 @@ class Teacher:
                 return self.script.pop(0)
             drawn = self.random.random()
             if drawn < self.fail:
-                return self.random.choice(["503", "429", "500", "cut", "not json", "no choices", "short body"])
+                return self.random.choice(FAILURES)
             return "stall" if drawn < self.fail + self.stall else "answer"
 
 
@@ -117,6 +119,15 @@ class _Handler(BaseHTTPRequestHandler):
         elif fate in ("503", "429", "500", "401"):
             headers = {"503": {"Retry-After": "0"}, "429": {"Retry-After": "1"}}.get(fate, {})
             self._send(int(fate), b'{"error": "no, Bearer sesame is not welcome"}', headers)
+        elif fate == "400":
+            self._send(400, b'{"error": "At most 0 image(s) may be provided in one prompt."}')
+        elif fate == "204":
+            self._send(204, b"")
+        elif fate == "error body":
+            self._send(200, b'{"error": {"message": "the provider is overloaded"}}')
+        elif fate == "abort":  # as vLLM answers what is under way when it stops
+            choice = {"message": {"content": "<think>half of"}, "finish_reason": "abort"}
+            self._send(200, json.dumps({"choices": [choice]}).encode())
         elif fate == "not json":
             self._send(200, b"<html>proxy</html>")
         elif fate == "no choices":

@@ -15,6 +15,7 @@ from PIL import Image
 from teacher_server import Teacher, good_text
 
 from umer1.annotation.annotate import main
+from umer1.annotation.ask import Asker
 from umer1.data.dataset import PairDataset
 from umer1.data.rl_dataset import PromptDataset
 from umer1.errors import ConfigError, UserError
@@ -122,6 +123,7 @@ def test_equal_sides_are_asked_once_or_each(tmp_path):
 
 def test_bad_rows_and_media_are_counted(tmp_path):
     write_picture(tmp_path, "good.png")
+    write_picture(tmp_path, "ribbon.png", 70_000, 1)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     rows = [
         {"qry": good_text("fine"), "qry_image_path": "good.png", "pos_text": good_text("pos")},
@@ -132,6 +134,7 @@ def test_bad_rows_and_media_are_counted(tmp_path):
         {"qry": "<|im_start|>system", "pos_text": "d"},
         {"qry": 7, "pos_text": "e"},
         {"qry": "x", "qry_image_path": {"bytes": "iVBORw0KGgo=", "path": "good.png"}, "pos_text": "f"},
+        {"qry": "x", "qry_image_path": "ribbon.png", "pos_text": "g"},  # no JPEG can be as wide
         "[]",
     ]
     inputs = [{"layout": "mmeb", "path": str(write_records(tmp_path / "rows.jsonl", rows, lines=True))}]
@@ -140,7 +143,8 @@ def test_bad_rows_and_media_are_counted(tmp_path):
     sft, filtered, manifest = dataset(tmp_path)
     causes = [entry["cause"] for entry in filtered]
     path, bad = "path_escape", "bad_record"
-    assert causes == ["corrupt_image", "missing_file", path, bad, "reserved_token", bad, bad, bad] and len(sft) == 1
+    forged, ribbon = "reserved_token", "aspect_ratio"
+    assert causes == ["corrupt_image", "missing_file", path, bad, forged, bad, bad, ribbon, bad] and len(sft) == 1
     assert manifest["datasets"]["rows"]["filtered"][bad] == 4
 
 
@@ -227,6 +231,62 @@ def test_failed_sides_are_filtered_and_asked_by_the_next_run(tmp_path):
         main(flags(tmp_path, inputs, teacher.url))
     assert "teacher_failed" not in [entry["cause"] for entry in dataset(tmp_path)[1]]
     assert max(teacher.answered.values()) == 1
+
+
+def test_a_server_that_refuses_everybody_stops_the_run(tmp_path):
+    """One that was started for no pictures, say; mended, it is asked again about what it refused."""
+    inputs = write_world(tmp_path, mmeb=8)[:1]
+    more = ["--stop-after-failures", "5", "--concurrency", "1"]
+    with Teacher() as teacher:
+        teacher.script = ["400"] * 1000
+        with pytest.raises(UserError, match="no answer to 5 sides in a row.*At most 0 image.*--ask-refused-again"):
+            main(flags(tmp_path, inputs, teacher.url, *more))
+        assert not teacher.answered and not (tmp_path / "out" / "dataset").exists()
+        teacher.script = []
+        main(flags(tmp_path, inputs, teacher.url, *more))
+        refused = [entry for entry in dataset(tmp_path)[1] if entry["cause"] == "refused"]
+        assert len(refused) >= 3 and "At most 0 image" in refused[0]["detail"]
+        main(flags(tmp_path, inputs, teacher.url, *more, "--ask-refused-again"))
+        main(flags(tmp_path, inputs, teacher.url, *more))  # what was answered then stays answered
+    assert not any("At most 0 image" in entry["detail"] for entry in dataset(tmp_path)[1])
+    assert len(teacher.answered) == 16 and max(teacher.answered.values()) == 1
+
+
+def test_inputs_that_grow_during_the_run(tmp_path, monkeypatch):
+    inputs = write_world(tmp_path, mmeb=2)[:1]
+    run = Asker.run
+
+    def and_grow(*arguments):
+        found = run(*arguments)
+        with open(inputs[0]["path"], "a") as file:
+            file.write(json.dumps({"qry": good_text("late"), "pos_text": good_text("later")}) + "\n")
+        return found
+
+    with Teacher() as teacher:
+        with monkeypatch.context() as patch:
+            patch.setattr(Asker, "run", and_grow)
+            main(flags(tmp_path, inputs, teacher.url))
+        late = dataset(tmp_path)[1][-1]
+        assert (late["cause"], late["id"]) == ("teacher_failed", "0:2") and "changed during the run" in late["detail"]
+        main(flags(tmp_path, inputs, teacher.url))
+    assert "0:2" not in [entry["id"] for entry in dataset(tmp_path)[1]]
+
+
+def test_large_shards_and_folders_of_any_spelling(tmp_path, monkeypatch):
+    """A shard that is large enough for a kept index: the index is no file of the data set.  B.JSONL is a pair file."""
+    monkeypatch.setattr("umer1.data.index_cache.KEPT_BYTES", 100)
+    for name in ("a.jsonl", "B.JSONL"):
+        rows = [{"qry": good_text(f"query of {name}"), "pos_text": good_text(f"positive of {name}")}]
+        (tmp_path / "pairs").mkdir(exist_ok=True)
+        write_records(tmp_path / "pairs" / name, rows, lines=True)
+    with Teacher() as teacher:
+        main(flags(tmp_path, [{"layout": "mmeb", "path": str(tmp_path / "pairs")}], teacher.url))
+    sft, _, manifest = dataset(tmp_path)
+    assert {record["dataset_name"] for record in sft} == {"a", "B"}
+    assert [(entry["name"], entry["records"]) for entry in manifest["files"]] == [
+        ("filtered.jsonl", 0),
+        ("sft-00000.jsonl", 2),
+    ]
 
 
 def test_concurrency_is_a_bound_and_is_used(world):

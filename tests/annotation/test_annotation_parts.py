@@ -1,5 +1,7 @@
 """The parts of annotation alone: parsing, filters, journal, selection, frames."""
 
+import errno
+import json
 import os
 import random
 import shutil
@@ -11,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_tools import tiny_directory, write_picture, write_records
+from teacher_server import FAILURES, Teacher, good_text
 
 from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
-from umer1.annotation.client import Answer, Client, Refused, seconds_of
-from umer1.annotation.config import FilterConfig, InputFile
+from umer1.annotation.client import Answer, Client, Failed, Refused, seconds_of
+from umer1.annotation.config import AnnotateConfig, FilterConfig, InputFile
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
 from umer1.annotation.samples import Broken, side_key
@@ -37,6 +40,8 @@ FORMS = {
     "no answer tags": (answer("<think>a</think>\n\nc d\n"), ("a", "c d")),
     "answer left open": (answer("<think>a</think><answer>c"), ("a", "c")),
     "reasoning apart": (answer("<answer>c</answer>", "a"), ("a", "c")),
+    "thought opened by the chat template": (answer("a b\n</think>\n\nc"), ("a b", "c")),
+    "reasoning apart, and none": (answer("<think>a</think>c", ""), ("a", "c")),
     "boxed": (answer("<think>a</think><answer><|begin_of_box|>c<|end_of_box|></answer>"), ("a", "c")),
     "no thought": (answer("c"), "format"),
     "thought left open": (answer("<think>a"), "format"),
@@ -45,11 +50,14 @@ FORMS = {
     "empty summary": (answer("<think>a</think><answer></answer>"), "format"),
     "two thoughts": (answer("<think>a</think><think>b</think>c"), "format"),
     "two answers": (answer("<think>a</think><answer>b</answer><answer>c</answer>"), "format"),
+    "answer not opened": (answer("<think>a</think>b</answer>"), "format"),
     "embedding token": (answer("<think>a</think>b<gen_emb>"), "format"),
     "marker": (answer("<think>a <image></think>b"), "format"),
     "turn": (answer("<think>a<|im_end|></think>b"), "reserved_token"),
     "half a surrogate pair": (answer("<think>a\ud83d</think>b"), "format"),
     "cut off": (answer("<think>a</think>b", reason="length"), "cut_off"),
+    "stopped in a loop": (answer("<think>a a a", reason="repetition"), "repetition"),
+    "a wide gap": (answer(f"<think>a</think><answer>b{' ' * 200_000}c</answer>"), "over_length"),
     "loop": (answer(f"<think>{'round and round ' * 50}</think>b"), "repetition"),
     "long": (answer(f"<think>a</think>{' '.join(map(str, range(600)))}"), "over_length"),
 }
@@ -116,6 +124,14 @@ def test_journal_refuses_damage_and_a_second_writer(tmp_path):
     path.write_bytes(lines[0] + lines[1][:20] + b"\n" + lines[2])
     with pytest.raises(UserError, match="damaged in line 2"):
         Journal(path, {})
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    Journal(tmp_path / "journal.jsonl", {}).close()
 
 
 def test_a_full_disk_leaves_no_half_line_behind(tmp_path, monkeypatch):
@@ -267,9 +283,45 @@ def test_a_refusal_before_the_whole_request_was_read():
         assert Client(config, None, threading.Event()).ask(b"x" * 10**7) == Refused("status 413: big")
 
 
+@pytest.mark.parametrize("fate", [fate for fate in FAILURES if fate not in ("503", "429", "500")])
+def test_every_attempt_reaches_the_teacher(fate):
+    """What is left of a reply that was no answer does not cost the next attempt."""
+    body = json.dumps({"messages": [{"content": [{"text": good_text("a side")}]}]}).encode()
+    with Teacher() as teacher:
+        teacher.script = [fate]
+        config = TeacherConfig(endpoint=teacher.url, teacher_model="toy", max_attempts=2, backoff_seconds=0.01)
+        assert isinstance(Client(config, None, threading.Event()).ask(body), Answer)
+        teacher.script = [fate] * 2
+        failed = Client(config, None, threading.Event()).ask(body)
+    assert isinstance(failed, Failed) and (fate != "error body" or "the provider is overloaded" in failed.detail)
+
+
+def test_waits_have_a_bound_however_many_attempts():
+    config = TeacherConfig(endpoint="http://127.0.0.1/v1", teacher_model="toy", max_backoff_seconds=0.5)
+    client = Client(config, None, threading.Event())
+    assert all(0 <= client._delay(attempt, None) <= 0.5 for attempt in (0, 10, 2000))
+
+
 def test_retry_after_forms():
     assert seconds_of("7") == 7.0 and seconds_of(None) is None and seconds_of("soon") is None
     assert seconds_of("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     # letters that count as digits, and a year that no clock has
     assert seconds_of("\u00b2") is seconds_of("\u0667") is None
     assert seconds_of("Mon, 01 Jan 0001 00:00:00 -0000") in (None, 0.0)
+
+
+def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path):
+    """MMEB-train has the same pairs three times: each would be asked about, and stand in the files, that often."""
+    for split in ("original", "diverse_instruction", "train"):
+        for shard in range(2):
+            (tmp_path / f"{split}-0000{shard}-of-00002.jsonl").write_text("{}")
+    named = {"layout": "mmeb", "path": str(tmp_path)}
+    (problem,) = AnnotateConfig(
+        inputs=[InputFile(**named)], data_root="/", output="x", tokenizer=str(tiny_directory())
+    ).violations()
+    assert "the splits diverse_instruction, original, train" in problem and "choose one by split" in problem
+    files = InputFile(**named, split="original").files()
+    assert [file.name for file in files] == ["original-00000-of-00002.jsonl", "original-00001-of-00002.jsonl"]
+    assert InputFile(**named, split="orig").files() == []
+    (tmp_path / "more.jsonl").write_text("{}")
+    assert len(InputFile(**named).files()) == 7

@@ -1,7 +1,7 @@
 """`umer1 annotate`: pairs to SFT data with a teacher's reasoning and summaries, and pairs kept apart for RL.
 
     umer1 annotate --data-root DATA --output OUT --tokenizer MODEL_DIR \\
-        --inputs '[{layout: mmeb, path: DATA/mmeb/ImageNet_1K, dataset: ImageNet_1K, media_folder: images},
+        --inputs '[{layout: mmeb, path: DATA/mmeb/ImageNet_1K, split: original, media_folder: mmeb},
                    {layout: llavahound-video, path: DATA/hound.jsonl, dataset: hound, media_folder: frames}]' \\
         --endpoint http://localhost:8000/v1 --teacher-model glm-4.1v-thinking --strip-box-markers
 
@@ -21,6 +21,7 @@ docs/annotate.md tells more.
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -83,7 +84,7 @@ class Annotation:
         self.library = Library(self.media, num_frames=command.engine.num_frames, folder=config.embedded_folder)
         self.judge = AnswerFilter.open(command.filters, config.tokenizer)
         settings = {name: getattr(command.teacher, name) for name in _ANSWER_SETTINGS}
-        self.journal = Journal(Path(config.output) / JOURNAL_FILE, settings)
+        self.journal = Journal(Path(config.output) / JOURNAL_FILE, settings, forget_refusals=config.ask_refused_again)
         for left in Path(config.output).glob(f".*-{DATASET_FOLDER}-*"):  # by a run that was killed while it wrote
             shutil.rmtree(left)
 
@@ -100,7 +101,7 @@ class Annotation:
         if difficulty is not None:
             drawn *= config.rl_oversampling
         selection = Selection(config.rl_pairs, config.selection_seed, self.media, difficulty=difficulty, drawn=drawn)
-        total = selection.scan(self._samples())
+        total = selection.scan(self._shown(self._samples()))
         rl = selection.chosen()
         print(f"umer1 annotate: {total:,} pairs, {len(rl):,} of them for RL", file=sys.stderr, flush=True)
         progress = Progress(2 * total, self.journal, teacher)
@@ -112,6 +113,8 @@ class Annotation:
             if (fault := faults.get(key)) is not None:
                 return fault
             entry = self.journal.read(key)
+            if entry is None:
+                return Fault("teacher_failed", "nobody was asked: the pair files or their media changed during the run")
             return Fault("refused", entry.detail) if isinstance(entry, Refused) else self.judge.response(entry)
 
         return publish_dataset(
@@ -149,6 +152,15 @@ class Annotation:
     def _samples(self) -> Iterator[Sample | Broken]:
         for sample in read_samples(self.command.annotate.inputs, self.library):
             yield self._checked(sample)
+
+    def _shown(self, samples: Iterator[Sample | Broken]) -> Iterator[Sample | Broken]:
+        """The same, with a line now and then: the first pass decodes video files, which may take hours."""
+        last = time.monotonic()
+        for count, sample in enumerate(samples, start=1):
+            if time.monotonic() - last >= self.command.teacher.progress_seconds:
+                last = time.monotonic()
+                print(f"umer1 annotate: {count:,} pairs read", file=sys.stderr, flush=True)
+            yield sample
 
     def _checked(self, sample: Sample | Broken) -> Sample | Broken:
         """Texts that training would refuse cost nothing: nobody is asked about them."""

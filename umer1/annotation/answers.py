@@ -12,8 +12,6 @@ from umer1.data.prompts import DISC_EMB, GEN_EMB, IMAGE_MARKER, VIDEO_MARKER, as
 from umer1.errors import UserError
 
 _BOX = re.compile(r"<\|(?:begin|end)_of_box\|>")
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
-_ANSWER = re.compile(r"\s*<answer>(.*?)(?:</answer>)?\s*", re.DOTALL)
 # Tags of the training format: inside a thought or a summary they would forge its structure.
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>", DISC_EMB, GEN_EMB, IMAGE_MARKER, VIDEO_MARKER)
 # Added tokens that training takes as text: the embedding tokens, which have rules of their own, and grounding mark-up.
@@ -53,7 +51,8 @@ class AnswerFilter:
     def response(self, answer: Answer) -> str | Fault:
         """The assistant's turn of the training file, or what is wrong with the answer."""
         if answer.finish_reason != "stop":
-            return Fault("cut_off", f"finish_reason {answer.finish_reason}")
+            cause = "repetition" if answer.finish_reason == "repetition" else "cut_off"  # vLLM can look for loops
+            return Fault(cause, f"finish_reason {answer.finish_reason}")
         parts = self._parts(answer)
         if isinstance(parts, Fault):
             return parts
@@ -64,16 +63,17 @@ class AnswerFilter:
         return assistant_text(reasoning, summary)
 
     def _parts(self, answer: Answer) -> tuple[str, str] | Fault:
-        content, reasoning = answer.content, answer.reasoning
+        summary, reasoning = answer.content, answer.reasoning
         if self.config.strip_box_markers:
-            content, reasoning = _BOX.sub("", content), reasoning and _BOX.sub("", reasoning)
-        if reasoning is None:
-            thought = _THOUGHT.fullmatch(content)
-            if thought is None:
+            summary, reasoning = _BOX.sub("", summary), reasoning and _BOX.sub("", reasoning)
+        if not reasoning:
+            thought, closed, summary = summary.partition("</think>")
+            if not closed:
                 return Fault("format", "the answer does not begin with <think>...</think>")
-            reasoning, content = thought.groups()
-        tagged = _ANSWER.fullmatch(content)
-        summary = tagged.group(1) if tagged else content
+            reasoning = thought.strip().removeprefix("<think>")  # some chat templates have it in the prompt
+        summary = summary.strip()
+        if summary.startswith("<answer>"):
+            summary = summary.removeprefix("<answer>").removesuffix("</answer>")
         reasoning, summary = reasoning.strip(), summary.strip()
         if not reasoning or not summary:
             return Fault("format", f"the {'reasoning' if not reasoning else 'summary'} is empty")

@@ -41,13 +41,13 @@ class Asker:
         self._client = Client(config, api_key, self._stop)
         self._questions: queue.Queue[Question] = queue.Queue()
         self._results: queue.Queue[tuple[str, Outcome]] = queue.Queue()
-        self._failed_in_a_row = 0
+        self._unanswered_in_a_row = 0
 
     def run(self, questions: Iterable[Question], done: Callable[[Answer | Refused | Fault], None]) -> dict[str, Fault]:
         """Ask all; `done` hears of each outcome once it is durable.  What stays without an answer comes back by key.
 
-        Raises UserError when the endpoint refuses everybody or `stop_after_failures` sides in a row failed; what was
-        answered until then is in the journal.
+        Raises UserError when the endpoint refuses everybody or gave no answer to `stop_after_failures` sides in a row;
+        what was answered until then is in the journal.
         """
         unanswered: dict[str, Fault] = {}
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.config.concurrency)]
@@ -100,14 +100,12 @@ class Asker:
         if kept:
             self.journal.append(kept)
         for key, outcome in results:
-            if isinstance(outcome, Answer | Refused):
-                self._failed_in_a_row = 0
-                done(outcome)
-            elif isinstance(outcome, Failed | BadSample):
-                unanswered[key] = self._fault(outcome)
-                done(unanswered[key])
-            else:
+            if isinstance(outcome, Failed | BadSample):
+                unanswered[key] = _fault(outcome)
+            elif not isinstance(outcome, Answer | Refused):
                 raise outcome
+            self._count(outcome)
+            done(unanswered.get(key, outcome))
         return len(results)
 
     def _waiting(self) -> list[tuple[str, Outcome]]:
@@ -120,21 +118,29 @@ class Asker:
                 break
         return found
 
-    def _fault(self, outcome: Failed | BadSample) -> Fault:
-        if isinstance(outcome, BadSample):
-            return Fault(outcome.cause, outcome.detail)
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row >= self.config.stop_after_failures:
-            raise UserError(
-                f"the teacher gave no answer to {self._failed_in_a_row} sides in a row, the last time: "
-                f"{outcome.detail}. {len(self.journal)} answers are kept in {self.journal.path}; mend the endpoint and "
-                "run the same command"
-            )
-        return Fault("teacher_failed", outcome.detail)
+    def _count(self, outcome: Answer | Refused | Failed | BadSample) -> None:
+        """Ends the run where the teacher is at fault: it answers nobody any more, or refuses everybody."""
+        if isinstance(outcome, BadSample):  # nobody was asked
+            return
+        self._unanswered_in_a_row = 0 if isinstance(outcome, Answer) else self._unanswered_in_a_row + 1
+        if self._unanswered_in_a_row < self.config.stop_after_failures:
+            return
+        remedy = "mend the endpoint and run the same command"
+        if isinstance(outcome, Refused):
+            remedy += " with --ask-refused-again, or without it where these sides are at fault"
+        raise UserError(
+            f"the teacher gave no answer to {self._unanswered_in_a_row} sides in a row, the last time: "
+            f"{outcome.detail}. {len(self.journal)} answers are kept in {self.journal.path}; {remedy}"
+        )
+
+
+def _fault(outcome: Failed | BadSample) -> Fault:
+    cause = outcome.cause if isinstance(outcome, BadSample) else "teacher_failed"
+    return Fault(cause, outcome.detail)
 
 
 class Progress:
-    """`annotate: 128/1,024 sides, 60.1/s, ETA 0:00:15, 2 failed, 1.2M tokens in, 0.4M out, cost 1.23` on stderr.
+    """`128/1,024 sides, 60.1/s, ETA 0:00:15, 2 without an answer, 1.2M tokens in, 0.4M out, cost 1.23` on stderr.
 
     Tokens and cost are those of all answers in the journal, earlier runs' included.
     """

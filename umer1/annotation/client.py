@@ -20,6 +20,7 @@ _MAX_RETRY_AFTER = 3600.0
 # Codes that no second attempt mends, and that concern every request alike.
 _SETUP_CODES = (401, 402, 403, 404, 405)
 _RETRIED_CODES = (408, 409, 425, 429)
+_NO_ANSWERS = ("abort", "error")  # finish reasons of a request that the server, as it stops for example, let go
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class Client:
 
     def _delay(self, attempt: int, after: float | None) -> float:
         """Full jitter: any part of a bound that doubles; behind a Retry-After, a little of it on top."""
-        bound = min(self.config.max_backoff_seconds, self.config.backoff_seconds * 2**attempt)
+        # 2**64 is beyond any bound; a patient run's number of attempts is beyond what a float can hold
+        bound = min(self.config.max_backoff_seconds, self.config.backoff_seconds * 2 ** min(attempt, 64))
         if after is None:
             return random.uniform(0.0, bound)
         return min(after, _MAX_RETRY_AFTER) + random.uniform(0.0, min(bound, self.config.backoff_seconds))
@@ -115,6 +117,8 @@ class Client:
                 pass  # a server that reads no further (413) has said why, mostly
             response = connection.getresponse()
             content = response.read(_MAX_REPLY_BYTES + 1)
+            if not response.isclosed():  # cut short, or too long: no further request can go this way
+                connection.close()
             if expired.is_set():  # a body that only the connection's end bounds looks whole
                 raise TimeoutError
         except (OSError, http.client.HTTPException) as error:
@@ -126,7 +130,6 @@ class Client:
             if timer is not None:
                 timer.cancel()
         if len(content) > _MAX_REPLY_BYTES:
-            connection.close()
             raise _Retry("the reply is longer than 64 MiB")
         return response.status, response.headers.get("Retry-After"), content
 
@@ -143,9 +146,9 @@ class Client:
     # -- what a reply means ------------------------------------------------------------------------------------------
 
     def _judge(self, status: int, retry_after: str | None, content: bytes) -> Answer | Refused:
-        if status == 200:
+        if 200 <= status < 300:
             return read_answer(content)
-        said = self._hidden(" ".join(content[:400].decode("utf-8", "replace").split()))
+        said = self._hidden(_shown(content))
         if status in _SETUP_CODES or 300 <= status < 400:
             hints = {
                 401: "check --api-key-env",
@@ -183,17 +186,17 @@ def seconds_of(retry_after: str | None) -> float | None:
 
 
 def read_answer(content: bytes) -> Answer:
-    """The first choice of a reply; a body that is no chat completion is asked for again."""
+    """The first choice of a reply; a body that is no chat completion, or no finished one, is asked for again."""
     try:
         reply = json.loads(content)
         choice = reply["choices"][0]
         message = choice["message"]
         text = message.get("content") or ""
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        reasoning = message.get("reasoning_content") or message.get("reasoning") or None
         usage = reply.get("usage") or {}
         if not isinstance(text, str) or not isinstance(reasoning, str | None):
             raise TypeError("content is no text")
-        return Answer(
+        answer = Answer(
             content=text,
             reasoning=reasoning,
             finish_reason=str(choice.get("finish_reason") or "stop"),
@@ -201,7 +204,16 @@ def read_answer(content: bytes) -> Answer:
             output_tokens=_count(usage.get("completion_tokens")),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise _Retry(f"the reply is no chat completion ({type(error).__name__}: {error})") from None
+        problem = f"{type(error).__name__}: {error}"
+        raise _Retry(f"the reply is no chat completion ({problem}): {_shown(content)}") from None
+    if answer.finish_reason in _NO_ANSWERS:
+        raise _Retry(f"the server did not finish, finish_reason {answer.finish_reason}")
+    return answer
+
+
+def _shown(content: bytes) -> str:
+    """The start of a body, on one line."""
+    return " ".join(content[:400].decode("utf-8", "replace").split())
 
 
 def _count(value: Any) -> int:

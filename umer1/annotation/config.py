@@ -1,6 +1,7 @@
 """What `umer1 annotate` is told: inputs and output, and what the teacher's answers are judged by."""
 
 import importlib.util
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,11 @@ MODALITY_OF_LAYOUT = {
     "visrag": "document",
 }
 SUFFIXES = (".parquet", ".jsonl", ".json")
+_SPLIT = re.compile(r"(.+?)-[0-9]{5}-of-[0-9]{5}")  # how the files of a published data set are named
+
+
+def is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,6 +33,7 @@ class InputFile:
 
     layout: Literal["mmeb", "llavahound-caption", "llavahound-video", "vidore", "vidore-page", "visrag"]
     path: str
+    split: str | None = None  # of a folder with the files of several splits: those of this one
     dataset: str | None = None  # None: the file's name less its ending
     media_folder: str = ""  # below the data root, where the file's media paths start
     modality: Literal["image", "video", "document"] | None = None  # None: the layout's
@@ -37,9 +44,11 @@ class InputFile:
     def files(self) -> list[Path]:
         """The files in name order; empty when there are none."""
         path = Path(self.path)
-        if not path.is_dir():
-            return [path] if path.is_file() and path.suffix in SUFFIXES else []
-        return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        there = path.iterdir() if path.is_dir() else [path]
+        return sorted(file for file in there if self._is_mine(file) and file.is_file())
+
+    def _is_mine(self, file: Path) -> bool:
+        return file.suffix.lower() in SUFFIXES and self.split in (None, _split_of(file))
 
     def kind(self) -> str:
         return self.modality or MODALITY_OF_LAYOUT[self.layout]
@@ -51,8 +60,8 @@ class AnnotateConfig:
 
     inputs: list[InputFile] = field(default_factory=list)
     """Files of pairs, [{layout: mmeb, path: FILE or FOLDER, dataset: NAME}, ...]; layouts: mmeb, llavahound-caption,
-    llavahound-video, vidore, vidore-page, visrag. Further keys: media_folder (below the data root), modality (image,
-    video, document), limit, query_text, target_text."""
+    llavahound-video, vidore, vidore-page, visrag. Further keys: split (of a folder of several), media_folder (below the
+    data root), modality (image, video, document), limit, query_text, target_text."""
     data_root: str | None = None
     """Directory that media paths start at and cannot leave; training gets the same one."""
     embedded_folder: str = "embedded"
@@ -73,6 +82,8 @@ class AnnotateConfig:
     """With --model: a pair whose positive ranks above this among its data set's drawn positives is trivial."""
     rl_max_rank_share: float = 0.5
     """With --model: a pair whose positive ranks below this share of them is hopeless (at 0.5, chance does as well)."""
+    ask_refused_again: bool = False
+    """Ask sides again that an earlier run's server refused (400, ...), where that was the server's fault."""
     share_identical_sides: bool = True
     """Ask once for sides of equal text and media (labels of classification sets), and use the answer for all."""
 
@@ -99,14 +110,29 @@ class AnnotateConfig:
         return found + [problem for i, item in enumerate(self.inputs) for problem in _input_violations(i, item)]
 
 
+def _split_of(file: Path) -> str | None:
+    """`train` of train-00000-of-00082.parquet."""
+    found = _SPLIT.match(file.name)
+    return found and found.group(1)
+
+
 def _input_violations(place: int, item: InputFile) -> list[str]:
     files = item.files()
     found = []
     if not files:
-        found.append(f"inputs[{place}].path={item.path!r} is no {', '.join(SUFFIXES)} file and no folder of some")
+        of_split = f" of the split {item.split!r}" if item.split else ""
+        found.append(
+            f"inputs[{place}].path={item.path!r} is no {', '.join(SUFFIXES)} file{of_split} and no folder of some"
+        )
+    splits = sorted({split for file in files if (split := _split_of(file))})
+    if len(splits) > 1:
+        found.append(
+            f"inputs[{place}].path={item.path!r} has the splits {', '.join(splits)}, which may be the same pairs in "
+            "other words; choose one by split"
+        )
     if item.limit is not None and item.limit < 1:
         found.append(f"inputs[{place}].limit={item.limit} must be 1 or above")
-    if any(file.suffix == ".parquet" for file in files) and importlib.util.find_spec("pyarrow") is None:
+    if any(map(is_parquet, files)) and importlib.util.find_spec("pyarrow") is None:
         found.append(f"inputs[{place}].path={item.path!r} is parquet, which needs pyarrow: pip install 'umer1[data]'")
     return found
 

@@ -22,10 +22,11 @@ class Journal:
     """Answers by side key; in memory are keys and places alone.
 
     settings: what shapes an answer; a journal of others is refused, since its answers would be mixed with new ones.
+    forget_refusals: sides that the server refused count as never asked.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, settings: dict[str, Any], *, forget_refusals: bool = False):
+        self.path, self._forget_refusals = path, forget_refusals
         self.input_tokens = self.output_tokens = 0  # of all answers in the file
         self._places: dict[bytes, tuple[int, int]] = {}  # key -> offset, length of the line
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -89,7 +90,9 @@ class Journal:
                     if number == 1:
                         self._check(record["settings"], settings)
                     else:
-                        self._note(bytes.fromhex(record["key"]), _entry(record), self._end, len(line))
+                        key, entry = bytes.fromhex(record["key"]), _entry(record)
+                        if not (self._forget_refusals and isinstance(entry, Refused)):
+                            self._note(key, entry, self._end, len(line))
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(
                         f"{self.path} is damaged in line {number} ({error}); take that line out, or choose another "

@@ -91,7 +91,7 @@ def publish_dataset(
             "datasets": {name: {**row, "filtered": dict(row["filtered"])} for name, row in counts.table.items()}
         }
         manifest["rl_modalities"] = dict(Counter(sample.modality for sample in rl))
-        manifest["files"] = [_described(path) for path in sorted(aside.iterdir())]
+        manifest["files"] = [_described(path) for path in sorted(aside.glob("*.jsonl"))]  # a large one has an index
         write_json(aside / MANIFEST_FILE, manifest)
         publish(aside, destination)
     finally:

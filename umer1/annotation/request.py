@@ -9,10 +9,12 @@ from typing import Any
 from PIL import Image
 
 from umer1.annotation.teacher_config import TeacherConfig
+from umer1.data.images import check_aspect_ratio
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
 
 _JPEG_QUALITY = 90
+_JPEG_SIDE = 65500  # pixels; the format's limit
 
 
 def request_body(side: Side, config: TeacherConfig, media: MediaRoot) -> bytes:
@@ -44,11 +46,12 @@ def _image(jpeg: str) -> dict[str, Any]:
 
 
 def _jpeg(path: str, media: MediaRoot, max_pixels: int) -> str:
-    """A picture of at most `max_pixels`, as base64 of JPEG."""
+    """A picture of at most `max_pixels`, as base64 of JPEG; BadSample where training would refuse it too."""
     image = media.open_image(path)
     width, height = image.size
-    if width * height > max_pixels:
-        scale = math.sqrt(max_pixels / (width * height))
+    check_aspect_ratio(width, height)
+    scale = min(math.sqrt(max_pixels / (width * height)), _JPEG_SIDE / max(width, height))
+    if scale < 1:
         image = image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)

@@ -11,6 +11,7 @@ from umer1.annotation.config import MODALITIES
 from umer1.annotation.difficulty import Difficulty
 from umer1.annotation.samples import Broken, Sample
 from umer1.data.bad_samples import BadSample
+from umer1.data.images import check_aspect_ratio
 from umer1.data.media import MediaRoot
 
 
@@ -85,7 +86,7 @@ def _has_media(sample: Sample, media: MediaRoot) -> bool:
     try:
         for _, side in sample.sides():
             for path in (*side.images, *(path for frames in side.videos for path in frames)):
-                media.image_size(path)
+                check_aspect_ratio(*media.image_size(path))
     except BadSample:
         return False
     return True

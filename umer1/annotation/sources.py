@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from umer1.annotation.config import InputFile
+from umer1.annotation.config import InputFile, is_parquet
 from umer1.annotation.media import Library
 from umer1.annotation.samples import Broken, Sample
 from umer1.data.bad_samples import BadSample
@@ -57,7 +57,7 @@ def read_samples(inputs: list[InputFile], library: Library) -> Iterator[Sample |
 
 def _rows(item: InputFile, library: Library) -> Iterator[tuple[Path, dict | BadSample]]:
     for file in item.files():
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file, library)
+        rows = _parquet_rows(file) if is_parquet(file) else _json_rows(file, library)
         for row in rows:
             yield file, row
 

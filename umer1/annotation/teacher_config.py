@@ -63,7 +63,7 @@ class TeacherConfig:
     max_backoff_seconds: float = 60.0
     """Longest such wait. A server's Retry-After is kept to, up to an hour."""
     stop_after_failures: int = 32
-    """Failed sides in a row that end the run; the same command goes on from there."""
+    """Sides in a row, failed or refused, that end the run; the same command goes on from there."""
     input_token_price: float = 0.0
     """Price of a million tokens sent, for the cost shown."""
     output_token_price: float = 0.0

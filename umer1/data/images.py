@@ -170,13 +170,18 @@ def _unsupported(kind: str, settings: dict, vision: Any) -> list[str]:
     return found
 
 
+def check_aspect_ratio(width: int, height: int) -> None:
+    """Raises BadSample("aspect_ratio") beyond 200 : 1."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise BadSample("aspect_ratio", f"{width} x {height} is longer than {MAX_ASPECT_RATIO} : 1")
+
+
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(height, width) as multiples of `factor`, near the aspect ratio, with the area inside the bounds.
 
     Raises BadSample("aspect_ratio") beyond 200 : 1.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise BadSample("aspect_ratio", f"{width} x {height} is longer than {MAX_ASPECT_RATIO} : 1")
+    check_aspect_ratio(width, height)
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
