@@ -47,6 +47,17 @@ def test_indented_json_byte_order_marks_and_blank_lines(tmp_path):
     assert len(dataset) == 2 and dataset[0].index == 0 and dataset[1].index == 1
 
 
+def test_a_number_that_a_chunk_ends_in_is_read_to_its_end(tmp_path, monkeypatch):
+    """Numbers are no pairs, but a list that holds some is a list; `2` is whole to a parser that sees no `.5e+30`."""
+    path = tmp_path / "numbers.json"
+    path.write_text("[2.5e+30 ,-7.25E-1,12,3e5, 0.5]")
+    for chunk in range(1, 12):
+        monkeypatch.setattr(indexing, "_CHUNK", chunk)
+        dataset = PairDataset(path, None)
+        assert [dataset.read_record(index) for index in range(len(dataset))] == [2.5e30, -0.725, 12, 3e5, 0.5]
+        dataset.close()
+
+
 DEEP = "[" * 100_000
 
 

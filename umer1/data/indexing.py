@@ -247,7 +247,7 @@ def _decode_one(window: _Window, decode):
     while True:
         try:
             value, end = decode(window.text, window.at)
-            if end < len(window.text) or window.ended:  # a number at the very edge may go on
+            if end + 2 < len(window.text) or window.ended:  # a number at the edge may go on, by .5 or e+5
                 return value, end
             problem = window.error("is malformed")
         except RecursionError:

@@ -18,7 +18,6 @@ from umer1.data.bad_samples import BadSample
 from umer1.data.media import MediaRoot
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
-NUM_FRAMES = 8  # METHOD's recipe
 MAX_VIDEO_BYTES = 8 * 2**30
 MAX_VIDEO_SECONDS = 3 * 3600
 MAX_VIDEO_FRAMES = 3 * 3600 * 60
