@@ -4,9 +4,11 @@ import math
 import random
 
 import numpy as np
+from data_tools import record, write_records
 
+from umer1.data.dataset import PairDataset
 from umer1.mining.config import MineConfig
-from umer1.mining.corpus import Corpus, Sides
+from umer1.mining.corpus import Corpus, Sides, read_corpus
 from umer1.mining.select import select
 
 
@@ -79,3 +81,13 @@ def test_five_hundred_random_corpora():
             got = [place for place in mined.negatives[row].tolist() if place >= 0]
             assert got == want, f"seed {seed}, pair {row}: {got}, not {want}"
             assert np.isfinite(mined.scores[row]).sum() == len(want), f"seed {seed}, pair {row}"
+
+
+def test_responses_cost_something_in_gen_alone(tmp_path):
+    """Batches are planned by what is read: with responses counted, those of disc mode were several times too small."""
+    dataset = PairDataset(write_records(tmp_path / "pairs.json", [record(7)]), None)
+    for mode in ("disc", "gen"):
+        corpus = read_corpus(dataset, mode, across_data_sets=False)
+        for sides, name in ((corpus.queries, "qry"), (corpus.candidates, "pos")):
+            human, gpt = (turn["value"] for turn in record(7)[name]["conversations"])
+            assert [item.text for item in sides.inputs] == [human + gpt if mode == "gen" else human]

@@ -21,13 +21,13 @@ class Sides:
     groups: list[int] = field(default_factory=list)  # the data set, or 0 for all of them
     _places: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def add(self, kind: str, side: Side, pair: int, group: int) -> int:
+    def add(self, kind: str, side: Side, pair: int, group: int, mode: str) -> int:
         """The place of a side, which is new or not."""
         content = content_id(side.text, side.images, side.videos)
         place = self._places.setdefault((group, content), len(self.pairs))
         if place == len(self.pairs):
             frames = tuple(path for video in side.videos for path in video)
-            text = side.text + (side.response or "")
+            text = side.text + side.response if mode == "gen" else side.text
             self.inputs.append(Input(f"{kind} of pair {pair}", text, side.images, frames, place + 1))
             self.pairs.append(pair)
             self.contents.append(content)
@@ -47,9 +47,10 @@ class Corpus:
     bad: dict[int, str]  # of the others: place in the file -> cause
 
 
-def read_corpus(dataset: PairDataset, *, across_data_sets: bool) -> Corpus:
+def read_corpus(dataset: PairDataset, mode: str, *, across_data_sets: bool) -> Corpus:
     """Every pair looked at once, media untouched.
 
+    mode: disc or gen; responses are read, and so cost something, in gen alone.
     across_data_sets: equal sides of several data sets are one; otherwise each data set has its own.
     """
     queries, candidates, rows, bad = Sides(), Sides(), [], {}
@@ -60,7 +61,7 @@ def read_corpus(dataset: PairDataset, *, across_data_sets: bool) -> Corpus:
             bad[index] = error.cause
             continue
         group = 0 if across_data_sets else int(dataset.name_ids[index])
-        query = queries.add("qry", pair.query, index, group)
-        rows.append((index, query, candidates.add("pos", pair.positive, index, group)))
+        query = queries.add("qry", pair.query, index, group, mode)
+        rows.append((index, query, candidates.add("pos", pair.positive, index, group, mode)))
     columns = np.array(rows, dtype=np.int64).reshape(-1, 3).T
     return Corpus(queries, candidates, *columns, bad)

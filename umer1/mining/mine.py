@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     config = command.mine
     make_folder(Path(config.output).absolute().parent)
     dataset = PairDataset(config.input, config.data_root)
-    corpus = read_corpus(dataset, across_data_sets=config.across_data_sets)
+    corpus = read_corpus(dataset, config.mode, across_data_sets=config.across_data_sets)
     _refuse(config, corpus, len(dataset))
     with init_distributed(command.engine.parallel()) as state:
         command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
