@@ -4,6 +4,7 @@ One rank of each tensor- and pipeline-parallel group reads files, so that a pict
 disagree about a bad sample.  Everything that can be wrong with the data raises on all ranks together.
 """
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -115,6 +116,19 @@ def raise_together(failure: str | None, group: dist.ProcessGroup | None = None) 
         raise UserError(found[0])
 
 
+def unlike_first(contents: list[tuple[str, str]], state: ParallelState) -> str | None:
+    """Which of a source's files, (path, digest) each, are not those of rank 0; collective over sources."""
+    of_ranks: list[list[str]] = [[]] * state.dp_size
+    dist.all_gather_object(of_ranks, [digest for _, digest in contents], group=state.groups.dp)
+    other = [path for path, digest in contents if digest not in of_ranks[0]]
+    if not other:
+        return None
+    return (
+        f"rank {state.rank} on {socket.gethostname()} reads another {', '.join(other)} than rank 0; give all machines "
+        "the same files, and start when nobody writes them any more"
+    )
+
+
 class DataSource:
     """Data of one rank of each tensor- and pipeline-parallel group, and what all ranks have to agree on about it.
 
@@ -135,6 +149,8 @@ class DataSource:
             except UserError as error:
                 failure = str(error)
         raise_together(failure)
+        # ranks of other files would have another order each, and a pair could stand in a batch twice
+        raise_together(unlike_first(self.loader.sampler.contents, state) if self.is_source else None)
 
     def draw(self) -> StepData:
         """On sources: this rank's share of the next step."""

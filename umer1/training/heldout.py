@@ -13,7 +13,7 @@ from umer1.distributed.parallel import ParallelState
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.scoring import StepRollouts, score_step
 from umer1.rl.types import Completion, Request
-from umer1.training.batches import raise_together
+from umer1.training.batches import raise_together, unlike_first
 from umer1.training.policy_batches import Round
 from umer1.training.policy_config import GRPOConfig
 from umer1.training.prompt_source import open_prompts, share_pairs
@@ -36,6 +36,7 @@ class Heldout:
             except Exception as error:
                 failure = str(error)
         raise_together(failure)
+        raise_together(unlike_first(self.dataset.contents, state) if self.is_source else None)
 
     def chunks(self):
         """This rank's pairs, as many at once as in a training step; the same number of chunks on all ranks."""
