@@ -254,6 +254,12 @@ def test_media_that_vanish_after_the_look_refuse_the_run(tmp_path, monkeypatch):
         run(data, tmp_path / "out", tasks=["VOC2007"])
 
 
+def test_a_model_that_cannot_be_opened_is_said_before_the_data_is_looked_at(data, tmp_path, capsys):
+    with pytest.raises(UserError, match="nowhere"):
+        run(data, tmp_path, "--model", str(tmp_path / "nowhere"))
+    assert "coverage" not in capsys.readouterr().err
+
+
 def test_ctrl_c_says_that_it_goes_on(data, tmp_path, monkeypatch, capsys):
     def survey(*arguments):
         raise KeyboardInterrupt

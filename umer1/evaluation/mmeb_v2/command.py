@@ -24,7 +24,7 @@ from umer1.evaluation.mmeb_v2.config import MMEBCommand
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report
 from umer1.evaluation.mmeb_v2.memory import Memory, survey
 from umer1.evaluation.mmeb_v2.registry import select
-from umer1.evaluation.mmeb_v2.run import encode_tasks
+from umer1.evaluation.mmeb_v2.run import encode_tasks, open_newest
 from umer1.evaluation.mmeb_v2.scoring import Scorer, score_references, score_stored
 from umer1.evaluation.mmeb_v2.types import TaskSpec
 from umer1.files import alone_in, make_folder
@@ -63,6 +63,7 @@ def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
         kept_in = None if config.check else config.output
         if kept_in is not None:
             on_first(lambda: held.enter_context(alone_in(kept_in)), state)
+        directory = None if config.check else open_newest(command, state)  # what cannot be opened is said at once
         memory = Memory(kept_in, config.data_root, command.engine.num_frames, config.max_queries)
         covered = survey(specs, memory, state)
         if config.check and state.rank == 0:
@@ -71,7 +72,7 @@ def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
         if config.check:
             return
         scorer = Scorer(command, state.device)
-        sha256 = encode_tasks(command, specs, covered, state, memory, scorer)
+        sha256 = encode_tasks(command, directory, specs, covered, state, memory, scorer)
         text = on_first(lambda: scorer.report(sha256), state)
         if state.rank == 0:
             print(text, flush=True)
