@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
 LINKS = ROOT / "build" / "gpu_check"
 STARTED = time.monotonic()
-TOTAL_SECONDS = 565.0  # from STARTED: ten minutes less what the last part may take to end, and the tables
-GRACE_SECONDS = 8.0  # to end after an interrupt; pytest tells its failures in it
+TOTAL_SECONDS = 560.0  # from STARTED: ten minutes less what the last part may take to end, and the tables
+GRACE_SECONDS = 15.0  # to end after an interrupt: pytest waits ten for a worker that hangs, then tells its failures
 TRAINING = ("torch", "numpy", "megatron.core", "transformers", "tokenizers", "safetensors", "PIL", "yaml")
 SUITES = ("torch", "numpy", "pytest", "pytest_benchmark")
 
@@ -61,7 +61,8 @@ class Outcome:
         return f"{self.name}: {self.status}, {self.seconds:.0f} s: {self.note}"
 
 
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Verbose, and with stacks of what takes a minute: a log that ends early says where.
+PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60")
 # Of tests/kernels and tests/ops those that use a GPU; the others say the same on any machine.
 GPU_TESTS = (
     "tests/kernels/test_infonce_triton.py",
@@ -80,7 +81,7 @@ PROGRAMS = (
 
 def pytest_part(name: str, tests: Sequence[str], *, workers: int, needs: Sequence[str], **options) -> Part:
     """Tests side by side where pytest-xdist is there: they wait for compilers and for processes to start."""
-    command = (*PYTEST, "-m", "not thorough", *tests)
+    command = (*PYTEST, "-m", "not thorough", "--durations", "8", *tests)
     if _found("xdist"):
         command += ("-n", str(min(workers, os.cpu_count() or 1)), "--dist", "worksteal")
     # One thread for each worker: with all cores for each there would be many times too many.  torchrun's address: a
@@ -182,7 +183,13 @@ def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) 
     log.flush()
     start_of_log, started = log.tell(), time.monotonic()
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_hear_interrupts,
     )
     note = ""
     try:
@@ -196,6 +203,11 @@ def run_part(part: Part, limit: float, log: IO[bytes], path: str, output: Path) 
     if code is None:
         return Outcome(name=part.name, status="timed out", seconds=seconds, note=f"after {limit:.0f} s; {note}")
     return Outcome(name=part.name, status="passed" if code == 0 else "failed", seconds=seconds, note=note)
+
+
+def _hear_interrupts() -> None:
+    """In the child: a shell's background jobs ignore them, and what they start inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_group(child: subprocess.Popen) -> None:
