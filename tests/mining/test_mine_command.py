@@ -15,6 +15,7 @@ from sft_reference import Reference, write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.errors import UserError
+from umer1.files import alone_in
 from umer1.mining.mine import main
 from umer1.testing import run_distributed
 
@@ -106,6 +107,13 @@ def test_killed_and_started_again(case, tmp_path):
     main(flags)
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert kept and not first.exists()
+
+
+def test_a_second_run_of_the_same_output_is_refused(case, tmp_path):
+    """Two would write their parts over each other's, and sides that were lost would count as not embedded."""
+    (tmp_path / "out.json.parts").mkdir()
+    with alone_in(tmp_path / "out.json.parts"), pytest.raises(UserError, match="parts is in use by another run"):
+        main(arguments(case, tmp_path / "out.json"))
 
 
 def test_training_reads_what_was_written(case, tmp_path):

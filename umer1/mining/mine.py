@@ -12,6 +12,7 @@ was broken off goes on when the same command is given again.  How it works: docs
 import hashlib
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.encode import Side as EncoderSide
 from umer1.evaluation.mmeb_v2.encode import SideEncoder
 from umer1.evaluation.mmeb_v2.parts import Parts
-from umer1.files import make_folder
+from umer1.files import alone_in, make_folder
 from umer1.inference.embedders import Embedded
 from umer1.inference.engine import Engine, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
@@ -54,7 +55,9 @@ def main(argv: list[str]) -> None:
     dataset = PairDataset(config.input, config.data_root)
     corpus = read_corpus(dataset, config.mode, across_data_sets=config.across_data_sets)
     _refuse(config, corpus, len(dataset))
-    with init_distributed(command.engine.parallel()) as state:
+    make_folder(work_folder(config))
+    with init_distributed(command.engine.parallel()) as state, ExitStack() as held:
+        on_first(lambda: held.enter_context(alone_in(work_folder(config))), state)
         command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
         sha256 = on_first(lambda: model_fingerprint(command.engine.model), state)
         queries, candidates = embed(command, dataset, corpus, sha256, state)
