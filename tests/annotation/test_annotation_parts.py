@@ -296,6 +296,25 @@ def test_every_attempt_reaches_the_teacher(fate):
     assert isinstance(failed, Failed) and (fate != "error body" or "the provider is overloaded" in failed.detail)
 
 
+def test_a_connection_that_the_server_closed_while_it_was_idle(monkeypatch):
+    """vLLM does so after 5 s, less than most waits: every second attempt went to nobody."""
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def be_busy() -> None:
+            for _ in range(3):
+                with server.accept()[0] as connection:
+                    asked.append(connection.recv(1000))
+                    connection.sendall(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=be_busy, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        config = TeacherConfig(endpoint=address, teacher_model="toy", max_attempts=3, backoff_seconds=0.2)
+        outcome = Client(config, None, threading.Event()).ask(b"{}")
+    assert isinstance(outcome, Failed) and outcome.detail.startswith("status 503") and len(asked) == 3
+
+
 def test_waits_have_a_bound_however_many_attempts():
     config = TeacherConfig(endpoint="http://127.0.0.1/v1", teacher_model="toy", max_backoff_seconds=0.5)
     client = Client(config, None, threading.Event())

@@ -5,6 +5,7 @@ import http.client
 import json
 import random
 import re
+import select
 import socket
 import threading
 import time
@@ -141,6 +142,8 @@ class Client:
                 self._address.hostname, self._address.port, timeout=self.config.connect_timeout_seconds
             )
             self._local.connection = connection
+        elif connection.sock is not None and _has_ended(connection.sock):
+            connection.close()  # as servers do with one that is idle for some seconds; it opens anew
         return connection
 
     # -- what a reply means ------------------------------------------------------------------------------------------
@@ -163,6 +166,13 @@ class Client:
 
     def _hidden(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether there is something to be read from a connection that waits for its next request: its end."""
+    waiting = select.poll()
+    waiting.register(sock, select.POLLIN)
+    return bool(waiting.poll(0))
 
 
 def _cut(sock: socket.socket, expired: threading.Event) -> None:
