@@ -1,6 +1,7 @@
 """`umer1 share` and the files of every export: what transformers' neighbours load, and what the card says."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from umer1.sharing.card import Subject, model_card
 from umer1.sharing.scores import read_results
 from umer1.sharing.share import main
 from umer1.sharing.training_run import note_start, pairs_of, read_run
+from umer1.sharing.versions import versions
 from umer1.testing import run_distributed
 
 MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
@@ -114,6 +116,27 @@ def test_a_run_keeps_the_versions_of_every_step(tmp_path, run, monkeypatch):
         (run / "run.json").write_text(damaged)
         with pytest.raises(UserError, match="run.json is damaged"):
             read_run(run)
+
+
+def test_a_commit_whose_files_were_changed_is_dirty(tmp_path, monkeypatch):
+    file = tmp_path / "versions.py"
+    monkeypatch.setattr("umer1.sharing.versions.__file__", str(file))
+
+    def git(*words):
+        return subprocess.check_output(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path)
+
+    def said():
+        return versions()["umer1"].removeprefix(umer1.__version__)
+
+    file.write_text("one")
+    git("init", "-q")
+    assert said() == ""  # a checkout that this code is no part of
+    git("add", ".")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "HEAD").decode().strip()
+    assert said() == f", commit {commit}"
+    file.write_text("two")
+    assert said() == f", commit {commit}-dirty"
 
 
 def test_results_of_the_generated_benchmark(tmp_path):

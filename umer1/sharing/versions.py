@@ -22,10 +22,12 @@ def versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code is part of; None where it was installed otherwise."""
+    """The commit of the checkout that this code is part of, with -dirty where files differ from it; None where it was
+    installed otherwise."""
     here = Path(__file__)
-    # ls-files: a virtual environment may lie in a checkout of something else
-    for words in (("ls-files", "--error-unmatch", here.name), ("rev-parse", "HEAD")):
+    # ls-files: a virtual environment may lie in a checkout of something else; --exclude: the hash, whatever tags say
+    described = ("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    for words in (("ls-files", "--error-unmatch", here.name), described):
         try:
             done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=False)
         except OSError:  # no git
