@@ -254,9 +254,10 @@ def test_media_that_vanish_after_the_look_refuse_the_run(tmp_path, monkeypatch):
         run(data, tmp_path / "out", tasks=["VOC2007"])
 
 
-def test_a_model_that_cannot_be_opened_is_said_before_the_data_is_looked_at(data, tmp_path, capsys):
-    with pytest.raises(UserError, match="nowhere"):
-        run(data, tmp_path, "--model", str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("flags, message", ((["--model", "absent"], "absent is"), (["--min-pixels", "0"], "pixels=0")))
+def test_a_model_that_cannot_be_used_is_said_before_the_data_is_looked_at(data, tmp_path, capsys, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path, *flags)
     assert "coverage" not in capsys.readouterr().err
 
 

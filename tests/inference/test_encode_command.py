@@ -118,6 +118,7 @@ def test_a_checkpoint_encodes_like_the_directory_it_came_from(case, tmp_path):
         (["--temperature", "-1"], "temperature=-1.0 must be 0"),
         (["--tensor-model-parallel-size", "3"], "must divide the number of processes, 1"),
         (["--bf16"], "fp32 and bf16 are both set"),
+        (["--kv-cache-gib", "inf"], "kv_cache_gib=inf must be a finite number above 0"),
         (["--num-workers", "0", "--top-p", "0"], "2 problems(.|\n)*num_workers=0(.|\n)*top_p"),
     ],
 )

@@ -76,8 +76,8 @@ class EngineConfig:
         for name in ("max_input_tokens", "max_tokens_per_batch", "max_patches_per_batch", "num_frames"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be 1 or above")
-        if not self.kv_cache_gib > 0:
-            found.append(f"kv_cache_gib={self.kv_cache_gib} must be above 0")
+        if not 0 < self.kv_cache_gib < float("inf"):
+            found.append(f"kv_cache_gib={self.kv_cache_gib} must be a finite number above 0")
         return found + self.parallel().violations(world_size=launched_world_size())
 
     @property

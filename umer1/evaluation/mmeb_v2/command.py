@@ -63,7 +63,7 @@ def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
         kept_in = None if config.check else config.output
         if kept_in is not None:
             on_first(lambda: held.enter_context(alone_in(kept_in)), state)
-        directory = None if config.check else open_newest(command, state)  # what cannot be opened is said at once
+        opened = None if config.check else open_newest(command, state)  # a model that does not fit is said at once
         memory = Memory(kept_in, config.data_root, command.engine.num_frames, config.max_queries)
         covered = survey(specs, memory, state)
         if config.check and state.rank == 0:
@@ -72,7 +72,7 @@ def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
         if config.check:
             return
         scorer = Scorer(command, state.device)
-        sha256 = encode_tasks(command, directory, specs, covered, state, memory, scorer)
+        sha256 = encode_tasks(command, *opened, specs, covered, state, memory, scorer)
         text = on_first(lambda: scorer.report(sha256), state)
         if state.rank == 0:
             print(text, flush=True)

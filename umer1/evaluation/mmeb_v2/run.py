@@ -25,15 +25,17 @@ _BATCH_SECONDS = 3600.0  # a batch of vLLM that takes longer counts as lost
 _HASH_CACHE = "model.json"  # in the output folder: the weights' hash, as long as their files do not change
 
 
-def open_newest(command: MMEBCommand, state: ParallelState) -> HFDirectory:
-    """Settle which checkpoint `command` is about, and open it; collective."""
+def open_newest(command: MMEBCommand, state: ParallelState) -> tuple[HFDirectory, Processor]:
+    """Settle which checkpoint `command` is about, and open it; collective.  No weights are read."""
     command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
-    return open_directory(command.engine)
+    directory = open_directory(command.engine)
+    return directory, make_processor(command.engine, directory)
 
 
 def encode_tasks(
     command: MMEBCommand,
     directory: HFDirectory,
+    processor: Processor,
     specs: list[TaskSpec],
     covered: list[Coverage],
     state: ParallelState,
@@ -42,11 +44,10 @@ def encode_tasks(
 ) -> str:
     """Embed both sides of every task, and have rank 0 score each as soon as its sides are there; collective.
 
-    directory: `open_newest(command)`.  Tasks that `memory` knows as scored, from the files that are there now, are
-    passed over.  Returns the weights' hash.
+    directory, processor: `open_newest(command)`.  Tasks that `memory` knows as scored, from the files that are there
+    now, are passed over.  Returns the weights' hash.
     """
     config = command.eval
-    processor = make_processor(command.engine, directory)
     output = Path(config.output)
     sha256 = on_first(lambda: model_fingerprint(command.engine.model, output / _HASH_CACHE), state)
     settings = settings_of(command, sha256, processor)
