@@ -8,6 +8,8 @@ import pytest
 from inference_cases import cosine, reference_model, reference_states
 
 import umer1
+from umer1 import conversion
+from umer1.checkpoints.fingerprint import model_fingerprint
 from umer1.data.media import MediaRoot
 from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import init_distributed
@@ -70,10 +72,18 @@ def test_results_do_not_depend_on_the_number_of_ranks(root, tmp_path, capsys):
     assert one["mean"]["responses"]["missing_gen_emb"]["value"] == 1.0
 
 
-def test_disc_alone(root, tmp_path):
-    run(root, tmp_path, "--modes", "disc")
+def test_disc_alone_of_a_checkpoint(root, tmp_path, monkeypatch, capsys):
+    """Named is the one checkpoint that was scored, with its hash; under torchrun the first process scores again."""
+    conversion.main(["--from-hf", str(MINI_BASE), "--to-checkpoint", str(tmp_path / "run")])
+    run(root, tmp_path, "--modes", "disc", "--model", str(tmp_path / "run"))
     result = json.loads((tmp_path / "results.json").read_text())
     assert set(result["mean"]["score"]) == {"disc"} and "responses" not in result["mean"]
+    assert Path(result["model"]).parent == tmp_path / "run"
+    assert result["model_sha256"] == model_fingerprint(result["model"])
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "1")
+    main(["--stored", str(tmp_path), "--output", str(tmp_path / "again")])
+    assert capsys.readouterr().out == "" and not list((tmp_path / "again").iterdir())
 
 
 def test_queries_that_do_not_reason_are_prefilled_alone(root):

@@ -270,6 +270,11 @@ class ParallelState:
         dist.barrier()
 
 
+def launched_rank() -> int:
+    """Number of this process, known before any group exists (torchrun's RANK, else 0)."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def launched_world_size() -> int:
     """Number of processes of this run, known before any group exists (torchrun's WORLD_SIZE, else 1)."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -25,7 +25,7 @@ from umer1.checkpoints.fingerprint import model_fingerprint, newest_model
 from umer1.configuration import help_text, load_config
 from umer1.data.media import MediaRoot
 from umer1.data.mini_mmeb import make_mini_mmeb
-from umer1.distributed.parallel import ParallelState, init_distributed
+from umer1.distributed.parallel import ParallelState, init_distributed, launched_rank
 from umer1.errors import UserError
 from umer1.evaluation.adaptive import AdaptiveRule
 from umer1.evaluation.compare import read_result
@@ -116,13 +116,16 @@ def main(argv: list[str]) -> None:
     command = load_config(EvalCommand, argv)
     make_folder(command.eval.output)
     if command.eval.stored:
-        _finish(score_stored(command.eval.stored, command.eval.rule()), command.eval.output)
+        if launched_rank() == 0:
+            _finish(score_stored(command.eval.stored, command.eval.rule()), command.eval.output)
         return
     directory = open_directory(command.engine)
     processor = make_processor(command.engine, directory)
     with init_distributed(command.engine.parallel(), seed=command.eval.seed) as state:
         benchmark = _open_benchmark(command.eval, state)
-        sha256 = on_first(lambda: model_fingerprint(newest_model(command.engine.model)), state)
+        # one checkpoint from here on: the hash must be of the weights that are loaded
+        command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
+        sha256 = on_first(lambda: model_fingerprint(command.engine.model), state)
         engine = load_engine(command.engine, directory, processor, state)
         result = evaluate(engine, benchmark, command.eval)
         if state.rank == 0:

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from umer1.configuration import load_config
-from umer1.distributed.parallel import init_distributed, launched_world_size
+from umer1.distributed.parallel import init_distributed, launched_rank, launched_world_size
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.plan.no_memory import NoMemory
@@ -46,7 +46,7 @@ def dry_run(
     --shape stands for a model directory that this machine does not have.  Under torchrun the first rank alone speaks,
     and --world-size is torchrun's where it is not given.
     """
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         return None
     argv = [word for word in argv if word != FLAG]
     given = any(word.split("=")[0] == "--world-size" for word in argv)

@@ -13,14 +13,13 @@ evaluation, results.json and results.txt.
     umer1 eval --benchmark mmeb-v2 --from-reference DIR --output DIR               files of the reference evaluation
 """
 
-import os
 import sys
 from contextlib import ExitStack
 
 from umer1.configuration import help_text, load_config
-from umer1.distributed.parallel import init_distributed
+from umer1.distributed.parallel import init_distributed, launched_rank
 from umer1.errors import UserError
-from umer1.evaluation.mmeb_v2.config import MMEBCommand
+from umer1.evaluation.mmeb_v2.config import MMEBCommand, MMEBConfig
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report
 from umer1.evaluation.mmeb_v2.memory import Memory, survey
 from umer1.evaluation.mmeb_v2.registry import select
@@ -42,18 +41,23 @@ def main(argv: list[str]) -> None:
     if config.output:
         make_folder(config.output)
     if config.stored or config.from_reference:
-        score = score_stored if config.stored else score_references
-        try:
-            score(config, specs, lambda text: print(text, flush=True))
-        except OSError as error:
-            raise UserError(f"{config.output} cannot be written: {error}") from None
+        if launched_rank() == 0:
+            _score_again(config, specs)
         return
     try:
         _evaluate(command, specs)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             print("umer1 eval: stopped; the same command goes on from here", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _score_again(config: MMEBConfig, specs: list[TaskSpec]) -> None:
+    score = score_stored if config.stored else score_references
+    try:
+        score(config, specs, lambda text: print(text, flush=True))
+    except OSError as error:
+        raise UserError(f"{config.output} cannot be written: {error}") from None
 
 
 def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
