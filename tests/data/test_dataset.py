@@ -44,7 +44,9 @@ def test_indented_json_byte_order_marks_and_blank_lines(tmp_path):
     assert PairDataset(path, None, make_processor())[1].dataset == "toy"
     path.write_text("\n\n" + json.dumps(record(0)) + "\r\n\n" + json.dumps(record(1)), encoding="utf-8-sig")
     dataset = PairDataset(path, None, make_processor())
-    assert len(dataset) == 2 and dataset[0].index == 0 and dataset[1].index == 1
+    assert len(dataset) == 2 and dataset[0].index == 0 and dataset[1].index == 1 and not dataset.is_list
+    path.write_text(" " * 10_000 + json.dumps([record(0)]), encoding="utf-8-sig")
+    assert PairDataset(path, None).is_list
 
 
 def test_a_number_that_a_chunk_ends_in_is_read_to_its_end(tmp_path, monkeypatch):

@@ -150,15 +150,18 @@ def test_bad_records_are_refused_or_counted_and_stay(case, tmp_path):
     records[3] = {"dataset_name": "toy", "qry": 7}
     records[6]["qry"] = {**records[6]["qry"], "image": "media/none.png"}
     records[6]["qry"]["conversations"][0]["value"] = "<image>" + records[6]["qry"]["conversations"][0]["value"]
+    unfinished = "<think>no end of it"  # disc mode does not read it, but training would, in each pair that got it
+    records[11]["pos"]["conversations"][1]["value"] = unfinished
     bad = data.parent / "bad.json"
     bad.write_text(json.dumps(records))
     with pytest.raises(UserError, match="1 of 16 records are not SFT pairs"):
         main(arguments((model, bad), tmp_path / "out.json"))
     main(arguments((model, bad), tmp_path / "out.json", "--skip-bad-inputs"))
     mined = json.loads((tmp_path / "out.json").read_text())
-    assert mined[3] == records[3] and mined[6] == records[6]
+    assert mined[3] == records[3] and mined[6] == records[6] and mined[11] == records[11]
+    assert json.dumps(mined).count(unfinished) == 1 and sum(len(record.get("neg", [])) for record in mined) > 10
     total = json.loads((tmp_path / "out.json.mining.json").read_text())["total"]
-    assert total["not_pairs"] == 1 and total["pairs_without_embedding"] == 1 and total["pairs"] == 15
+    assert total["not_pairs"] == 1 and total["pairs_without_embedding"] == 2 and total["pairs"] == 15
 
 
 def test_wrong_settings_are_said_together(case, tmp_path):

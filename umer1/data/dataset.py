@@ -69,6 +69,11 @@ class RecordFile:
         """The file and a digest of what it holds, for checkpoints to compare."""
         return [(str(self.path), content_digest(self.path, self._index))]
 
+    @property
+    def is_list(self) -> bool:
+        """Whether the file is a JSON list; else it is JSONL."""
+        return b"[" in os.pread(self._descriptor(), int(self._index.starts[0]), 0)
+
     def read_record(self, index: int) -> Any:
         """The JSON value of a record; BadSample("bad_record") when it is none."""
         length = int(self._index.lengths[index])

@@ -83,9 +83,7 @@ class Processor:
         """
         parts = self._marked_parts(side)
         head = self._user_ids(parts)
-        response = None if side.response is None else self._response_ids(side.response)
-        if response is not None and self.special.gen_emb not in response:
-            raise BadSample("no_gen_emb", f"the response ends {side.response[-40:]!r} without {prompts.GEN_EMB}")
+        response = None if side.response is None else self.response_ids(side.response)
         fixed = sum(len(part) for part in head if isinstance(part, list)) + 1
         visions = self.vision.load(parts, media, fixed)
         ids = _interleave(head, visions)
@@ -245,10 +243,14 @@ class Processor:
                 parts.append(piece)
         return parts
 
-    def _response_ids(self, response: str) -> list[int]:
+    def response_ids(self, response: str) -> list[int]:
+        """Ids of a response of a data file.  Raises BadSample: empty_response, reserved_token, no_gen_emb."""
         if not response.strip():
             raise BadSample("empty_response", "the response is empty")
-        return self._encode_user(response)
+        ids = self._encode_user(response)
+        if self.special.gen_emb not in ids:
+            raise BadSample("no_gen_emb", f"the response ends {response[-40:]!r} without {prompts.GEN_EMB}")
+        return ids
 
     def _disc_index(self, ids: list[int]) -> int:
         index = _last_index(ids, self.special.disc_emb, 0)

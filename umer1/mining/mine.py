@@ -102,6 +102,8 @@ class SideStates:
         pair = self.dataset.read(self.sides.pairs[item.line - 1])
         side: Side = pair.query if self.kind == "qry" else pair.positive
         if self.mode == "disc":
+            # a pair whose negative has a response that training refuses would be refused with it
+            self.engine.processor.response_ids(side.response)
             side = replace(side, response=None)
         return self.engine.processor.encode_side(side, media)
 

@@ -22,8 +22,7 @@ def write_mined(config: MineConfig, dataset: PairDataset, corpus: Corpus, mined:
     A negative is the record's `pos` as it stands in the file, its response included.  Records that are not pairs, or
     have no embedding, stay as they are.
     """
-    with open(config.input, "rb") as file:
-        is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    is_list = dataset.is_list
     row_of = {pair: row for row, pair in enumerate(corpus.pairs.tolist())}
     with atomic_path(config.output) as aside, open(aside, "wb") as file:
         file.write(b"[\n" if is_list else b"")
