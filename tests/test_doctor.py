@@ -41,6 +41,13 @@ def test_what_a_child_does_is_told(snippet, status, words):
     assert found.status == status and words in found.detail, found
 
 
+def test_a_folder_with_the_name_of_a_package_is_none(tmp_path, monkeypatch):
+    """wandb and others write into one of their own name where they are run."""
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run(replace(GOOD, snippet='missing("no_such_package")\nsay("1.5")')).status == "missing"
+
+
 def test_another_interpreter_that_is_not_there(monkeypatch):
     monkeypatch.setenv("UMER1_VLLM_PYTHON", "/nowhere/python")
     found = run(replace(GOOD, python="UMER1_VLLM_PYTHON"))

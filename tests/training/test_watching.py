@@ -112,6 +112,9 @@ def test_records_of_runs_that_are_gone_stop_nobody(tmp_path):
     assert other_run(tmp_path) is None and time.monotonic() - started < 5
     gone.wait()
     assert not is_running(gone.pid)
+    beat_of(heart, subprocess.Popen(["sleep", "0.3"]).pid)  # killed, and on its way out
+    heart.write()
+    assert other_run(tmp_path) is None and time.monotonic() - started < 5
     beat_of(heart, 1, "another-host")
     heart.write()
     assert other_run(tmp_path, patience=0.3) is None, "nobody writes it"

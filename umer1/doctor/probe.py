@@ -66,7 +66,8 @@ class Finding:
 
 def run(probe: Probe) -> Finding:
     """Try it.  A crash, a hang or an error ends the child alone."""
-    environment = dict(os.environ)
+    # Without the folder at hand on the search path: what a run has left in ./wandb is no package.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     if probe.path is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(probe.path), environment.get("PYTHONPATH")]))
     python = os.environ.get(probe.python) or sys.executable

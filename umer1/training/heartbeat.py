@@ -148,18 +148,20 @@ def other_run(folder: Path, patience: float = 11.0) -> Beat | None:
     Only what may be alive is waited for, at most `patience` seconds, which is two intervals and more: a process of
     another host, or one of this host that runs.
     """
-    before = read_beats(folder).get(0)
-    if before is None or before.phase == "ended" or before.pid == os.getpid():
-        return None
-    if before.host == socket.gethostname()[:100] and not is_running(before.pid):
-        return None
+    before = now = read_beats(folder).get(0)
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
+    while now is not None and _may_live(now) and time.monotonic() < deadline:
+        if now != before:
+            return now
         time.sleep(0.1)
-        now = read_beats(folder).get(0)
-        if now is not None and now != before:
-            return None if now.phase == "ended" else now
+        now = read_beats(folder).get(0, now)  # it may be in the middle of being written
     return None
+
+
+def _may_live(beat: Beat) -> bool:
+    if beat.phase == "ended" or beat.pid == os.getpid():
+        return False
+    return beat.host != socket.gethostname()[:100] or is_running(beat.pid)
 
 
 def _alarm_is_raised(folder: Path) -> bool:
