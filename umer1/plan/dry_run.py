@@ -8,6 +8,7 @@ those hold is compared with what the plan says of them.  Ends with the plan.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from umer1.configuration import load_config
 from umer1.distributed.parallel import init_distributed, launched_rank, launched_world_size
 from umer1.errors import UserError
+from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.plan.no_memory import NoMemory
 from umer1.plan.predict import Plan, make_plan
@@ -101,7 +103,9 @@ def _play(plan: Plan, pipeline_stage: int) -> str:
         gradients = sum(buffer.numel for model in models for buffer in model.buffers)
         place = layout.place(rank, plan.settings.gpus_per_node)
         assert (state.tp_rank, state.dp_rank, state.pp_rank) == (place.tp, place.dp, place.pp), place
-    planned = setup.states(pipeline_stage).gradients // 4
+    # FP8 weights, which have buffers of their own, need Transformer Engine: what was built has them in bf16.
+    in_bf16 = replace(setup, config=replace(setup.config, fp8=FP8Config()))
+    planned = in_bf16.states(pipeline_stage).gradients // 4
     assert gradients == planned, f"rank {rank}: {gradients} elements of gradients, the plan says {planned}"
     return (
         f"rank {rank}, first of stage {pipeline_stage}: built with {weights:,} parameters and {gradients:,} elements "
