@@ -8,6 +8,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.reference_files import (
@@ -70,6 +71,25 @@ def test_files_are_as_the_reference_reads_and_writes_them(tmp_path):
     assert find_reference(tmp_path, ["MSVD", stem]) == [files]
     for unpickle in (False, True):
         assert score_reference(files, task.spec, unpickle=unpickle).summary == score.summary, f"seed {FRESH}"
+
+
+def test_vectors_that_were_normalised_in_bf16_are_ranked_as_they_stand(tmp_path):
+    """Their lengths are off by up to 0.25%; the reference evaluation takes dot products of them as they are."""
+    rng = np.random.default_rng(FRESH)
+    task, _, names, _ = graded_task(rng)
+    queries, targets = (
+        torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(count, 64))).bfloat16(), dim=1).float().numpy()
+        for count in (len(task.queries), len(names))
+    )
+    assert np.abs(np.linalg.norm(np.concatenate([queries, targets]), axis=1) - 1).max() > 1e-3, FRESH
+    files = ReferenceNames(tmp_path, task.spec.name, "gen", "gen")
+    score = score_task(task, queries, names, targets, within=0.01)
+    write_reference_files(files, task, score, vectors=(queries, names, targets))
+    found = score_reference(files, task.spec, unpickle=True)
+    for ranked, row in zip(found.predictions, queries.astype(np.float64) @ targets.astype(np.float64).T, strict=True):
+        assert ranked == [names[i] for i in np.argsort(-row, kind="stable")], FRESH
+    with pytest.raises(ValueError, match="norms"):
+        score_task(task, queries, names, targets)
 
 
 def test_names_without_modes_and_without_vectors(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from umer1.evaluation.mmeb_v2.types import Query, TaskData
 from umer1.evaluation.ranking_metrics import ranked_relevance, ranking_metrics
-from umer1.evaluation.retrieval import check_unit_rows, ranking
+from umer1.evaluation.retrieval import UNIT, check_unit_rows, ranking
 from umer1.evaluation.topk import top_k
 from umer1.progress import Progress
 
@@ -34,31 +34,34 @@ def score_task(
     targets: np.ndarray,
     *,
     device: torch.device | str | None = None,
+    within: float = UNIT,
 ) -> TaskScore:
     """Scores of `queries` float32 [Q, D] against `targets` float32 [C, D], which are the candidates `names` in order.
 
     Similarity: dot products summed in float64 and rounded to float32, so that it depends neither on the device nor on
     what stands beside a vector; equal ones in candidate order.  A ranking that takes long says how far it is.
-    ValueError where vectors do not fit the task, are not finite or not of unit length.
+    ValueError where vectors do not fit the task, are not finite or not of unit length (to `within`).
     """
-    _check(task, queries, names, targets)
+    _check(task, queries, names, targets, within)
     if task.spec.candidates == "global":
         k = len(names) if len(names) <= _FULL else _DEPTH
         progress = Progress(f"ranking {task.spec.name}", len(names), unit="candidates")
         order = top_k(queries, targets, k, device=device, sum_in=torch.float64, progress=progress.add)[1]
         predictions = [[names[place] for place in row] for row in order.tolist()]
     else:
-        lists = score_lists(task, queries, names, targets)
+        lists = score_lists(task, queries, names, targets, within)
         predictions = rank_lists(task, lists, names)
     return score_predictions(predictions, task.queries)
 
 
-def score_lists(task: TaskData, queries: np.ndarray, names: Sequence[str], targets: np.ndarray) -> np.ndarray:
+def score_lists(
+    task: TaskData, queries: np.ndarray, names: Sequence[str], targets: np.ndarray, within: float = UNIT
+) -> np.ndarray:
     """Similarities float32 [Q, L] of each query to its pool in the pool's order, -inf behind the end of shorter pools.
 
     The pool is `Query.cand_names` where candidates are local, else all `names`.
     """
-    _check(task, queries, names, targets)
+    _check(task, queries, names, targets, within)
     if task.spec.candidates == "global":
         return _products(queries, targets)
     places = {name: place for place, name in enumerate(names)}
@@ -102,7 +105,7 @@ def _products(queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return (queries.astype(np.float64) @ targets.astype(np.float64).T).astype(np.float32)
 
 
-def _check(task: TaskData, queries: np.ndarray, names: Sequence[str], targets: np.ndarray) -> None:
+def _check(task: TaskData, queries: np.ndarray, names: Sequence[str], targets: np.ndarray, within: float) -> None:
     if len(queries) != len(task.queries) or len(targets) != len(names) or len(set(names)) != len(names):
         raise ValueError(
             f"{task.spec.name}: {len(queries)} vectors for {len(task.queries)} queries, {len(targets)} vectors for "
@@ -114,5 +117,5 @@ def _check(task: TaskData, queries: np.ndarray, names: Sequence[str], targets: n
             raise ValueError(f"{task.spec.name}: candidates without a vector: {sorted(lacking)[:5]}")
         if not all(query.cand_names for query in task.queries):
             raise ValueError(f"{task.spec.name}: a query without candidates cannot be ranked")
-    check_unit_rows(f"{task.spec.name}, queries", queries)
-    check_unit_rows(f"{task.spec.name}, candidates", targets)
+    check_unit_rows(f"{task.spec.name}, queries", queries, within)
+    check_unit_rows(f"{task.spec.name}, candidates", targets, within)
