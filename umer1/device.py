@@ -71,6 +71,12 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if has_cuda() else tensor
 
 
+def release_memory() -> None:
+    """Give back the device memory that no tensor holds any more: another process may need it next."""
+    if has_cuda():
+        torch.cuda.empty_cache()
+
+
 def memory_gib() -> float:
     """Peak memory in GiB: allocated on the CUDA device, else resident in this process."""
     if has_cuda():

@@ -1,5 +1,6 @@
 """RL pairs by difficulty: ranks against transformers' states, and what `umer1 annotate --model` keeps of them."""
 
+import gc
 import json
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,7 @@ from umer1.data.schema import Side
 from umer1.errors import ConfigError
 from umer1.evaluation.tasks import read_benchmark
 from umer1.inference.engine import EngineConfig, make_processor, open_directory
+from umer1.models.qwen2_vl.model import Qwen2VL
 
 MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 TASKS = {"mini-look": "image", "mini-vid": "video"}
@@ -68,9 +70,16 @@ def expected_ranks(root, samples) -> list[tuple[int, int, int]]:
     return found
 
 
-def test_ranks_are_those_of_transformers(world):
+def test_ranks_are_those_of_transformers(world, monkeypatch):
     root, samples = world
+    released = []
+
+    def look() -> None:
+        released.append(not any(isinstance(each, Qwen2VL) for each in gc.get_objects()))
+
+    monkeypatch.setattr("umer1.device.release_memory", look)
     found = Difficulty(ENGINE, RankRule(2, 0.5), MediaRoot(root)).ranks(samples)
+    assert released == [True], "a served teacher may need the model's memory"
     expected = expected_ranks(root, samples)
     for (rank, pool), (low, high, size) in zip(found, expected, strict=True):
         assert low <= rank <= high and pool == size

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from umer1 import device as devices
 from umer1.annotation.samples import Sample, side_key
 from umer1.checkpoints.fingerprint import model_fingerprint, newest_model
 from umer1.data.media import MediaRoot
@@ -76,6 +77,7 @@ class Difficulty:
         embedding, which media that cannot be decoded and over-long prompts have not."""
         sides = {side_key(side): side for sample in samples for _, side in sample.sides()}
         vectors = self._embed(list(sides.values()))
+        devices.release_memory()  # of the model: a teacher of our own may be the next on this device
         vectors = {key: vector for key, vector in zip(sides, vectors, strict=True) if vector is not None}
         members: dict[str, list[int]] = defaultdict(list)
         for place, sample in enumerate(samples):
