@@ -289,6 +289,14 @@ def test_large_shards_and_folders_of_any_spelling(tmp_path, monkeypatch):
     ]
 
 
+def test_the_passes_over_all_pairs_say_how_far_they_are(tmp_path, capsys):
+    inputs = write_world(tmp_path, mmeb=3)[:1]
+    with Teacher() as teacher:
+        main(flags(tmp_path, inputs, teacher.url, "--progress-seconds", "0"))
+    said = capsys.readouterr().err
+    assert all(f"{count} pairs {done}" in said for count in range(3) for done in ("read", "judged"))
+
+
 def test_concurrency_is_a_bound_and_is_used(world):
     root, inputs = world
     with Teacher() as teacher:

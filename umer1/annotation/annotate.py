@@ -101,7 +101,7 @@ class Annotation:
         if difficulty is not None:
             drawn *= config.rl_oversampling
         selection = Selection(config.rl_pairs, config.selection_seed, self.media, difficulty=difficulty, drawn=drawn)
-        total = selection.scan(self._shown(self._samples()))
+        total = selection.scan(self._shown("read"))
         rl = selection.chosen()
         print(f"umer1 annotate: {total:,} pairs, {len(rl):,} of them for RL", file=sys.stderr, flush=True)
         progress = Progress(2 * total, self.journal, teacher)
@@ -119,7 +119,7 @@ class Annotation:
 
         return publish_dataset(
             Path(config.output) / DATASET_FOLDER,
-            self._samples(),
+            self._shown("judged"),
             respond,
             rl,
             data_root=config.data_root,
@@ -153,13 +153,14 @@ class Annotation:
         for sample in read_samples(self.command.annotate.inputs, self.library):
             yield self._checked(sample)
 
-    def _shown(self, samples: Iterator[Sample | Broken]) -> Iterator[Sample | Broken]:
-        """The same, with a line now and then: the first pass decodes video files, which may take hours."""
+    def _shown(self, done: str) -> Iterator[Sample | Broken]:
+        """The samples, with a line now and then: the first pass decodes video files and the last one tokenises all
+        answers, which may take hours."""
         last = time.monotonic()
-        for count, sample in enumerate(samples, start=1):
+        for count, sample in enumerate(self._samples()):
             if time.monotonic() - last >= self.command.teacher.progress_seconds:
                 last = time.monotonic()
-                print(f"umer1 annotate: {count:,} pairs read", file=sys.stderr, flush=True)
+                print(f"umer1 annotate: {count:,} pairs {done}", file=sys.stderr, flush=True)
             yield sample
 
     def _checked(self, sample: Sample | Broken) -> Sample | Broken:

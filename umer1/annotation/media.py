@@ -40,7 +40,7 @@ class Library:
                 return self._keep(content)
             value = None if content else value.get("path")  # text, which JSON has in place of bytes, has no agreed form
         if not isinstance(value, str) or not value:
-            raise BadSample("bad_record", "an image must be a path, or bytes of one")
+            raise BadSample("bad_record", "an image must be a path, or {bytes, path}")
         return _below(media_folder, value)
 
     def frames(self, video: str, media_folder: str) -> tuple[str, ...]:
