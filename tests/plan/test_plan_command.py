@@ -190,11 +190,19 @@ def test_all_problems_at_once(tmp_path):
         "--tensor-model-parallel-size",
         "4",
         "--frobnicate",
+        "--context-parallel-size",
+        "2",
+        "--recompute-method",
+        "block",
+        "--profile-ranks",
+        "6",
     ]
     with pytest.raises(ConfigError) as raised:
         command.read_plan("sft", [*argv, "--shape", "qwen2-vl-2b", "--data-path", "/not/looked/at.json"])
     text = str(raised.value)
-    for problem in ("--frobnicate", "hardware 'abacus'", "lr=-1.0", "processes, 6", "num_key_value_heads=2"):
+    told = ["--frobnicate", "hardware 'abacus'", "lr=-1.0", "processes, 6", "num_key_value_heads=2"]
+    told += ["context_parallel_size=2", "recompute_method=block needs", "profile_ranks=6 must be"]
+    for problem in told:
         assert problem in text, problem
     assert "/not/looked/at.json" not in text
     with pytest.raises(ConfigError, match="(?s)cannot be read.*--shape.*sequence_parallel needs"):
@@ -223,6 +231,14 @@ def test_a_directory_needs_only_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = command.read_plan("sft", ["--hf-model", str(tmp_path), "--hardware", "cpu", "--world-size", "2"])
     assert plan.seconds is None and plan.problems() == [] and plan.largest_micro_batch is None
+
+
+def test_tensor_parallel_groups_that_cross_nodes_are_told(capsys):
+    flags = ["sft", "--shape", "qwen2-vl-7b", "--hardware", "cpu", "--global-batch-size", "10", "--gpus-per-node", "5"]
+    flags += ["--tensor-model-parallel-size", "2", "--world-size"]
+    for world_size, told in (("4", False), ("10", True), ("20", True)):
+        command.main([*flags, world_size])
+        assert ("groups of 2 cross nodes of 5" in capsys.readouterr().out) is told
 
 
 def test_places_are_megatrons():

@@ -100,9 +100,14 @@ class ParallelConfig:
 
     def violations(self, model_config: "Qwen2VLConfig | None" = None, world_size: int | None = None) -> list[str]:
         """Every rule broken, with the legal values; rules about the model or the world need these given."""
-        found = self._size_violations()
-        if found:
-            return found
+        found = []
+        if self.context_parallel_size != 1:
+            found.append(
+                f"context_parallel_size={self.context_parallel_size} is not supported; use 1, and tensor or pipeline "
+                "parallelism for long inputs"
+            )
+        if sizes := self._size_violations():
+            return found + sizes
         model_size = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
         if world_size is not None and world_size % model_size:
             found.append(
@@ -134,11 +139,6 @@ class ParallelConfig:
 
     def _size_violations(self) -> list[str]:
         found = []
-        if self.context_parallel_size != 1:
-            found.append(
-                f"context_parallel_size={self.context_parallel_size} is not supported; use 1, and tensor or pipeline "
-                "parallelism for long inputs"
-            )
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes")
         optional = ("num_layers_per_virtual_pipeline_stage", "decoder_first_pipeline_num_layers")
         optional += ("decoder_last_pipeline_num_layers", "recompute_num_layers")

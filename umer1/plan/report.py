@@ -103,11 +103,13 @@ def _fp8(fp8: FP8Config) -> str:
 
 
 def _ranks(plan: Plan) -> str:
-    layout, per_node = plan.setup.layout, plan.settings.gpus_per_node
+    layout, per_node, notes = plan.setup.layout, plan.settings.gpus_per_node, []
+    if layout.world_size > per_node and per_node % layout.tp:
+        notes.append(f"  tensor-parallel groups of {layout.tp} cross nodes of {per_node}: their traffic leaves NVLink")
     if layout.world_size <= _MOST_RANKS:
         places = [layout.place(rank, per_node) for rank in range(layout.world_size)]
         lines = [f"  {p.rank:4d}  {p.node:4d}  {p.tp:3d}  {p.dp:3d}  {p.pp:3d}" for p in places]
-        return "\n".join(["Ranks", "  rank  node   tp   dp   pp", *lines])
+        return "\n".join(["Ranks", "  rank  node   tp   dp   pp", *lines, *notes])
     size, rows = layout.tp * layout.dp, {}
     for stage in range(layout.pp):
         first = stage * size
@@ -119,9 +121,7 @@ def _ranks(plan: Plan) -> str:
     if layout.pp > 1:
         peers = [layout.rank_of(pp=stage) for stage in range(layout.pp)]
         rows["pipeline groups"] = f"{layout.pp} ranks, {size} apart: {_listed(peers)}"
-    if layout.tp > per_node or per_node % layout.tp:
-        rows["note"] = f"tensor-parallel groups of {layout.tp} cross nodes of {per_node}: their traffic leaves NVLink"
-    return _rows("Ranks", rows)
+    return "\n".join([_rows("Ranks", rows), *notes])
 
 
 def _span(numbers: list[int]) -> str:

@@ -58,8 +58,8 @@ class StageConfig:
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:
         """Every broken rule between the model, the layout and the number of processes."""
         found = self.parallel.violations(model_config, world_size)
-        if found:
-            return found
+        if found:  # there is no telling the data-parallel ranks
+            return found + self.watch.violations(world_size)
         ranks, stages = self.parallel.tensor_model_parallel_size, self.parallel.pipeline_model_parallel_size
         found = self.fp8.model_violations(model_config, ranks, stages) + self.data.violations(self.dp_size(world_size))
         return found + self.watch.violations(world_size)
