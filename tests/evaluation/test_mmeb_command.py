@@ -271,6 +271,13 @@ def test_ctrl_c_says_that_it_goes_on(data, tmp_path, monkeypatch, capsys):
     assert "stopped; the same command goes on from here" in capsys.readouterr().err
 
 
+def test_results_of_another_benchmark_are_not_overwritten(data, tmp_path):
+    (tmp_path / "results.json").write_text('{"benchmark": "mini"}')
+    with pytest.raises(UserError, match="a results.json that is of no MMEB-V2 run"):
+        run(data, tmp_path, tasks=["VOC2007"])
+    assert (tmp_path / "results.json").read_text() == '{"benchmark": "mini"}'
+
+
 def test_a_second_run_into_one_folder_is_refused(data, tmp_path):
     with alone_in(tmp_path), pytest.raises(UserError, match="in use by another run"):
         run(data, tmp_path)

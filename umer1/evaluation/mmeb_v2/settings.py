@@ -38,8 +38,11 @@ def settings_of(command: MMEBCommand, model_sha256: str, processor: Processor) -
 
 
 def keep_settings(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Write them, or compare them with those that vectors in `folder` were made under; UserError with what differs."""
+    """Write them, or compare them with those that vectors in `folder` were made under; UserError with what differs, and
+    where the folder has the results of something else."""
     path = Path(folder) / FILE
+    if not path.exists() and (Path(folder) / "results.json").exists():
+        raise UserError(f"{folder} has a results.json that is of no MMEB-V2 run; choose another --output")
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
