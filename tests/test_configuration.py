@@ -1,6 +1,7 @@
 """Flags and YAML: precedence, types, and all problems in one message."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -125,6 +126,28 @@ def test_unreadable_yaml_is_one_message(tmp_path, text):
         load_config(Config, ["--config", str(path)])
     with pytest.raises(UserError, match="nowhere"):
         load_config(Config, ["--config", "nowhere.yaml"])
+
+
+@dataclass(kw_only=True, slots=True)
+class Choices:
+    """Which of few"""
+
+    mode: Literal["disc", "gen"] = "disc"
+    """One."""
+    modality: Literal["image", "video"] | None = None
+    """One or none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ChoicesConfig:
+    """A program"""
+
+    choices: Choices = field(default_factory=Choices)
+
+
+def test_help_names_the_legal_values_where_they_are_few():
+    text = help_text(ChoicesConfig, "Intro.")
+    assert "--mode disc|gen  (default: disc)" in text and "--modality image|video  (default: None)" in text
 
 
 def test_help_names_every_flag_and_default():

@@ -314,8 +314,14 @@ def _shown(value: Any) -> str:
     ).strip()
 
 
+def _legal_values(hint: Any) -> tuple:
+    """Of a Literal, or a Literal or None; () of any other type."""
+    literals = [option for option in (hint, *typing.get_args(hint)) if typing.get_origin(option) is typing.Literal]
+    return typing.get_args(literals[0]) if literals else ()
+
+
 def help_text(config_class: type, intro: str) -> str:
-    """`--help`: the intro, then each section's flags with default and meaning."""
+    """`--help`: the intro, then each section's flags with legal values where they are few, default and meaning."""
     lines = [intro.strip(), "", "Settings: --name value, or a YAML file of `name: value` lines given by --config.", ""]
     for section_name, section in sections(config_class).items():
         lines.append(f"{section_name}: {(section.__doc__ or '').strip().splitlines()[0]}")
@@ -327,6 +333,8 @@ def help_text(config_class: type, intro: str) -> str:
             if hints[field.name] is bool:
                 negative = next((n for n, f in NEGATIVE_FLAGS.items() if f == field.name), f"no-{flag[2:]}")
                 flag = f"{flag} / --{negative}"
+            if legal := _legal_values(hints[field.name]):
+                flag = f"{flag} {'|'.join(map(str, legal))}"
             lines.append(f"  {flag}  (default: {_shown(getattr(defaults, field.name))})")
             lines += textwrap.wrap(texts.get(field.name, ""), 110, initial_indent="      ", subsequent_indent="      ")
         lines.append("")
