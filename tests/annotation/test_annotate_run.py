@@ -6,6 +6,7 @@ import json
 import os
 import time
 from base64 import b64decode
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ def test_files_and_rl_selection(world):
     text = next(text for text in by_text if "mmeb query" in text)
     assert text.startswith("<image>mmeb query") and by_text[text]["qry"]["image"].startswith("images/Toy/")
     assert turn(by_text[text], "qry", 1).endswith("<gen_emb>") and "</answer>" not in turn(by_text[text], "qry", 1)
+
+
+def test_rl_pairs_of_a_trained_model_are_not_of_its_sft_files(world):
+    root, inputs = world
+    with Teacher() as teacher:
+        main(flags(root, inputs, teacher.url, "--rl-pairs", "12"))
+        count, sft = sum(teacher.asked.values()), dataset(root)[0]
+        rl = root / "out" / "dataset" / "rl.jsonl"
+        more = ["--rl-pairs", "6", "--selection-seed", "7", "--rl-from"]
+        with pytest.raises(ConfigError, match="rl.jsonl' will be replaced by this run's"):
+            main(flags(root, inputs, teacher.url, *more, str(rl)))
+        with pytest.raises(UserError, match="record 0 is no pair of an RL file"):
+            main(flags(root, inputs, teacher.url, *more, str(root / "mmeb.jsonl")))
+        pool = rl.rename(root / "pool.jsonl")
+        main(flags(root, inputs, teacher.url, *more, str(pool)))
+    assert sum(teacher.asked.values()) == count
+    again, filtered, manifest = dataset(root)
+    assert again == sft and Counter(entry["cause"] for entry in filtered)["not_chosen"] == 6
+    assert manifest["rl_modalities"] == {"image": 2, "video": 2, "document": 2}
+    kept, chosen = ({json.dumps(record) for record in read_lines(path)} for path in (pool, rl))
+    assert len(kept) == 12 and len(chosen) == 6 and chosen < kept
 
 
 def turn(record: dict, side: str, place: int = 0) -> str:

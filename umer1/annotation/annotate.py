@@ -33,14 +33,14 @@ from umer1 import __version__
 from umer1.annotation.answers import AnswerFilter, Fault
 from umer1.annotation.ask import Asker, Progress, Question
 from umer1.annotation.client import Refused
-from umer1.annotation.config import AnnotateCommand
+from umer1.annotation.config import DATASET_FOLDER, AnnotateCommand
 from umer1.annotation.difficulty import Difficulty, RankRule
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
 from umer1.annotation.own_teacher import served_teacher
 from umer1.annotation.publish import Counts, publish_dataset
 from umer1.annotation.samples import Broken, Sample, side_key
-from umer1.annotation.selection import Selection
+from umer1.annotation.selection import Selection, read_contents
 from umer1.annotation.sources import read_samples
 from umer1.configuration import help_text, load_config
 from umer1.data.media import MediaRoot
@@ -53,7 +53,7 @@ _ANSWER_SETTINGS = (
     *("teacher_model", "teacher_prompt", "teacher_temperature", "teacher_top_p", "max_answer_tokens"),
     *("keep_special_tokens", "max_image_pixels", "max_frame_pixels", "video_as"),
 )
-JOURNAL_FILE, DATASET_FOLDER, LOG_FILE = "journal.jsonl", "dataset", "teacher.log"
+JOURNAL_FILE, LOG_FILE = "journal.jsonl", "teacher.log"
 
 
 def main(argv: list[str]) -> None:
@@ -100,12 +100,16 @@ class Annotation:
         difficulty, drawn = self._difficulty(), config.rl_pairs
         if difficulty is not None:
             drawn *= config.rl_oversampling
-        selection = Selection(config.rl_pairs, config.selection_seed, self.media, difficulty=difficulty, drawn=drawn)
+        among = read_contents(config.rl_from, config.data_root) if config.rl_from else None
+        selection = Selection(
+            config.rl_pairs, config.selection_seed, self.media, among=among, difficulty=difficulty, drawn=drawn
+        )
         total = selection.scan(self._shown("read"))
         rl = selection.chosen()
         print(f"umer1 annotate: {total:,} pairs, {len(rl):,} of them for RL", file=sys.stderr, flush=True)
         progress = Progress(2 * total, self.journal, teacher)
-        faults = self._ask(self._questions({sample.content() for sample in rl}, progress), progress)
+        apart = {sample.content() for sample in rl} | (among or set())
+        faults = self._ask(self._questions(apart, progress), progress)
         progress.finish()
 
         def respond(sample: Sample, name: str, side: Side) -> str | Fault:
@@ -122,6 +126,7 @@ class Annotation:
             self._shown("judged"),
             respond,
             rl,
+            apart,
             data_root=config.data_root,
             pairs_per_shard=config.pairs_per_shard,
             manifest=self._manifest(progress) | ({"difficulty": difficulty.manifest()} if difficulty else {}),

@@ -20,6 +20,7 @@ MODALITY_OF_LAYOUT = {
     "visrag": "document",
 }
 SUFFIXES = (".parquet", ".jsonl", ".json")
+DATASET_FOLDER = "dataset"  # of the output
 _SPLIT = re.compile(r"(.+?)-[0-9]{5}-of-[0-9]{5}")  # how the files of a published data set are named
 
 
@@ -76,6 +77,9 @@ class AnnotateConfig:
     """Pairs kept apart for RL, as equally many of image, video and document as there are; they get no reasoning."""
     selection_seed: int = 1234
     """Which pairs those are."""
+    rl_from: str | None = None
+    """rl.jsonl of an earlier run: the pairs for RL are chosen among those in it, and the others in it are left out, so
+    that --model may have been trained on that run's SFT files."""
     rl_oversampling: int = 4
     """With --model: so many times --rl-pairs are drawn of each modality, ranked, and chosen from."""
     rl_min_rank: int = 2
@@ -96,6 +100,7 @@ class AnnotateConfig:
                 found.append(f"{name}={getattr(self, name)} must be {least} or above")
         if not 0 < self.rl_max_rank_share <= 1:
             found.append(f"rl_max_rank_share={self.rl_max_rank_share} must be above 0 and at most 1")
+        found += self._rl_from_violations()
         if self.data_root and not Path(self.data_root).is_dir():
             found.append(f"data_root={self.data_root!r} is not a directory; give the folder that media paths start at")
         if self.tokenizer and not (Path(self.tokenizer) / "tokenizer.json").is_file():
@@ -108,6 +113,18 @@ class AnnotateConfig:
             if folder.startswith("/") or ".." in folder.split("/"):
                 found.append(f"{name}={folder!r} must be a path below the data root")
         return found + [problem for i, item in enumerate(self.inputs) for problem in _input_violations(i, item)]
+
+    def _rl_from_violations(self) -> list[str]:
+        if not self.rl_from:
+            return []
+        found = []
+        if not Path(self.rl_from).is_file():
+            found.append(f"rl_from={self.rl_from!r} is not a file; give rl.jsonl of an earlier run")
+        if not self.rl_pairs:
+            found.append(f"rl_from={self.rl_from!r} says among which pairs RL's are chosen; --rl-pairs says how many")
+        if self.output and Path(self.rl_from).resolve().parent == (Path(self.output) / DATASET_FOLDER).resolve():
+            found.append(f"rl_from={self.rl_from!r} will be replaced by this run's; copy it to another folder first")
+        return found
 
 
 def _split_of(file: Path) -> str | None:

@@ -58,6 +58,7 @@ def publish_dataset(
     samples: Iterable[Sample | Broken],
     respond: Respond,
     rl: list[Sample],
+    apart: set[str],
     *,
     data_root: str | Path,
     pairs_per_shard: int,
@@ -65,7 +66,8 @@ def publish_dataset(
 ) -> Counts:
     """Write everything beside `destination` and give it that name in one step.
 
-    respond: the response of a side, or why there is none.  Raises UserError when no SFT pair is left: nothing changes.
+    respond: the response of a side, or why there is none.  apart: contents of the pairs that stay out of the SFT files:
+    those of `rl`, and what else was kept for its choice.  Raises UserError when no SFT pair is left: nothing changes.
     """
     counts, aside = Counts(), aside_path(destination)
     aside.mkdir(parents=True)
@@ -74,7 +76,7 @@ def publish_dataset(
         shards = _Shards(aside, pairs_per_shard)
         with _lines(aside / FILTERED_FILE) as filtered:
             for sample in samples:
-                record = _sft_record(sample, respond, drawn, counts, filtered)
+                record = _sft_record(sample, respond, drawn, apart, counts, filtered)
                 if record is not None:
                     shards.add(record)
         shards.close()
@@ -103,6 +105,7 @@ def _sft_record(
     sample: Sample | Broken,
     respond: Respond,
     drawn: dict[str, str],
+    apart: set[str],
     counts: Counts,
     filtered: Callable[[dict], None],
 ) -> dict | None:
@@ -117,6 +120,9 @@ def _sft_record(
         return None
     if (owner := drawn.get(sample.content())) is not None:
         counts.add(sample.dataset, "rl" if owner == sample.id else "repeats_rl")
+        return None
+    if sample.content() in apart:
+        leave_out("not_chosen", "a pair of --rl-from that RL does not take")
         return None
     record: dict[str, Any] = {"dataset_name": sample.dataset}
     for name, side in sample.sides():

@@ -24,7 +24,7 @@ class Sample:
 
     def content(self) -> str:
         """Equal for pairs of equal texts and media."""
-        return side_key(self.query) + side_key(self.positive)
+        return pair_key(self.query, self.positive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,10 @@ class Broken:
     dataset: str
     cause: str
     detail: str
+
+
+def pair_key(query: Side, positive: Side) -> str:
+    return side_key(query) + side_key(positive)
 
 
 def side_key(side: Side, owner: str = "") -> str:

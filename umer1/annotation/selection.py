@@ -9,23 +9,33 @@ from collections.abc import Iterable
 
 from umer1.annotation.config import MODALITIES
 from umer1.annotation.difficulty import Difficulty
-from umer1.annotation.samples import Broken, Sample
+from umer1.annotation.samples import Broken, Sample, pair_key
 from umer1.data.bad_samples import BadSample
 from umer1.data.images import check_aspect_ratio
 from umer1.data.media import MediaRoot
+from umer1.data.rl_dataset import PromptDataset
+from umer1.errors import UserError
 
 
 class Selection:
     """Draws `count` pairs by the hash of seed and content, so that neither order nor resumes matter.
 
     Pairs of equal content are one: they all stay out of the SFT files when it is chosen, and stand once in the RL file.
+    among: contents of the pairs that may be drawn; None: all.
     difficulty: what of `drawn` pairs of each modality may be chosen; None: all, and no more than `count` are drawn.
     """
 
     def __init__(
-        self, count: int, seed: int, media: MediaRoot, *, difficulty: Difficulty | None = None, drawn: int | None = None
+        self,
+        count: int,
+        seed: int,
+        media: MediaRoot,
+        *,
+        among: set[str] | None = None,
+        difficulty: Difficulty | None = None,
+        drawn: int | None = None,
     ):
-        self.count, self.seed, self.media = count, seed, media
+        self.count, self.seed, self.media, self.among = count, seed, media, among
         self.difficulty, self.drawn = difficulty, count if drawn is None else drawn
         # per modality the smallest hashes seen, as a heap with the largest on top: (-hash, content, sample)
         self._heaps: dict[str, list[tuple[int, str, Sample]]] = {modality: [] for modality in MODALITIES}
@@ -55,7 +65,7 @@ class Selection:
     def _offer(self, sample: Sample) -> None:
         content = sample.content()
         heap, held = self._heaps[sample.modality], self._held[sample.modality]
-        if content in held:
+        if content in held or (self.among is not None and content not in self.among):
             return
         rank = int.from_bytes(hashlib.blake2b(f"{self.seed}:{content}".encode(), digest_size=8).digest(), "big")
         # the whole number of each: another modality may have too few
@@ -66,6 +76,20 @@ class Selection:
         else:
             return
         held.add(content)
+
+
+def read_contents(path: str, data_root: str) -> set[str]:
+    """Contents of the pairs of an RL file; UserError where it is none."""
+    pairs = PromptDataset(path, data_root)
+    found = set()
+    for index in range(len(pairs)):
+        try:
+            pair = pairs.read(index)
+        except BadSample as error:
+            raise UserError(f"rl_from={path}: record {index} is no pair of an RL file ({error})") from None
+        found.add(pair_key(pair.query, pair.positive))
+    pairs.close()
+    return found
 
 
 def balanced_quotas(there: dict[str, int], count: int) -> dict[str, int]:
