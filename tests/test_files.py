@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from umer1.errors import UserError
-from umer1.files import alone_in, atomic_path, write_text
+from umer1.files import alone_in, atomic_path, remove_leftovers, write_text
 
 KILLED = """
 import os, signal, sys
@@ -39,6 +39,17 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
     assert path.read_text() == "new"
     left = [name for name in names(tmp_path) if name != "run.json"]
     assert len(left) == 1 and left[0].startswith(".other.json.tmp-"), left
+
+
+def test_what_killed_writers_left_of_any_file_goes_with_a_sweep_of_the_folder(tmp_path):
+    for name in ("one.png", "two.png"):
+        killed_writer(tmp_path / name)
+    (tmp_path / "mine.tmp-notes").write_text("no leftover")
+    with atomic_path(tmp_path / "one.png", sweep=False) as mine:
+        mine.write_text("whole")
+        assert len(names(tmp_path)) == 4
+        remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["mine.tmp-notes", "one.png"]
 
 
 def test_a_live_writer_keeps_its_file(tmp_path):

@@ -15,18 +15,17 @@ from umer1.errors import UserError
 
 
 @contextmanager
-def atomic_path(path: str | Path):
+def atomic_path(path: str | Path, *, sweep: bool = True):
     """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`, else removed.
 
-    What a killed process of this machine left of an earlier try goes away too.
+    sweep: what a killed process of this machine left of an earlier try goes away too, at the price of listing the
+    folder; who writes thousands of files into one calls `remove_leftovers` once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = f".{path.name}.tmp-{socket.gethostname()}-"
-    for left in path.parent.iterdir():
-        if left.name.startswith(start) and not _is_alive(left.name.removeprefix(start)):
-            left.unlink(missing_ok=True)
-    aside = path.with_name(f"{start}{os.getpid()}")
+    if sweep:
+        remove_leftovers(path.parent, path.name)
+    aside = path.with_name(f".{path.name}{_aside_mark()}{os.getpid()}")
     try:
         yield aside
         with open(aside, "rb") as file:
@@ -38,6 +37,21 @@ def atomic_path(path: str | Path):
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside_mark() -> str:
+    """Between a file's name and the writing process's number in the name of a temporary file."""
+    return f".tmp-{socket.gethostname()}-"
+
+
+def remove_leftovers(folder: str | Path, name: str | None = None) -> None:
+    """Remove what killed processes of this machine left of `name`, or of all files in an existing folder."""
+    between = _aside_mark()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            written, mark, pid = entry.name.rpartition(between)
+            if mark and written == f".{name or written[1:]}" and not _is_alive(pid):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def _is_alive(pid: str) -> bool:

@@ -174,6 +174,7 @@ def test_frames_by_linspace_in_natural_order(tmp_path, saved, shown):
     for number in np.random.default_rng(FRESH).permutation(saved):
         (folder / f"Frame_{number}.{('jpg', 'PNG', 'jpeg')[number % 3]}").touch()
     (folder / "notes.txt").touch()
+    (folder / "._Frame_0.jpg").touch()  # macOS
     (folder / "more").mkdir()
     places = range(saved) if shown is None or shown > saved else np.linspace(0, saved - 1, shown).astype(int)
     names = [f"frames/v/Frame_{n}.{('jpg', 'PNG', 'jpeg')[n % 3]}" for n in places]

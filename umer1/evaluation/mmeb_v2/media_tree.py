@@ -15,7 +15,7 @@ from umer1.data.video_files import frame_places
 from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.tables import Annotation, find_annotation
 from umer1.evaluation.mmeb_v2.types import Item
-from umer1.files import atomic_path
+from umer1.files import atomic_path, remove_leftovers
 
 FRAME_NAMES = (".jpg", ".jpeg", ".png")  # what the reference evaluation takes for a frame
 
@@ -29,7 +29,7 @@ class MediaTree:
         self._folders: dict[str, tuple[set[str], set[str]]] = {}
         self._changed: dict[str, int | None] = {}  # folder -> its time of change before it was listed
         self._asked: list[list[Any]] = []
-        self._wrote = False
+        self._wrote_into: set[str] = set()  # folders
 
     def annotation(self, places: Sequence[str], *, subset: str | None = None, split: str = "test") -> Annotation:
         """`tables.find_annotation` below the root."""
@@ -40,7 +40,7 @@ class MediaTree:
     def seen(self) -> dict[str, Any] | None:
         """All that a reader was told, for `still_so`: annotation files with size and time of change, and the folders
         that were listed with theirs.  JSON; None where files were written meanwhile."""
-        return None if self._wrote else {"annotation": self._asked, "folders": self._changed}
+        return None if self._wrote_into else {"annotation": self._asked, "folders": self._changed}
 
     def still_so(self, seen: dict[str, Any]) -> bool:
         """Whether a reader would be told the same again, at the price of a stat a folder and file."""
@@ -88,7 +88,7 @@ class MediaTree:
         The places are numpy's linspace from the first to the last frame, cut to integers, as the reference has them.
         """
         folder = clean(folder)
-        names = [name for name in self.files(folder) if name.lower().endswith(FRAME_NAMES)] if folder else []
+        names = [name for name in self.files(folder) if _is_frame(name)] if folder else []
         places = range(len(names)) if num_frames is None else frame_places(len(names), num_frames)
         return tuple(f"{folder}/{names[place]}" for place in places)
 
@@ -108,11 +108,14 @@ class MediaTree:
         path = clean(path)
         folder, _, name = path.rpartition("/")
         try:
-            with atomic_path(self.media.resolve(path)) as aside:
+            place = Path(self.media.resolve(path))
+            if folder not in self._wrote_into and place.parent.is_dir():
+                remove_leftovers(place.parent)
+            with atomic_path(place, sweep=False) as aside:
                 aside.write_bytes(content)
         except (BadSample, OSError) as error:
             raise UserError(f"{self.root}/{path} cannot be written: {error}") from None
-        self._wrote = True
+        self._wrote_into.add(folder)
         self._scan(folder)[0].add(name)
 
     def _scan(self, folder: str) -> tuple[set[str], set[str]]:
@@ -140,6 +143,11 @@ class MediaTree:
             return os.path.exists(self.media.resolve(path))
         except BadSample:
             return False
+
+
+def _is_frame(name: str) -> bool:
+    """By its name; hidden files are none, such as a ._0001.jpg that macOS puts beside a picture."""
+    return name.lower().endswith(FRAME_NAMES) and not name.startswith(".")
 
 
 def clean(path: str) -> str:
