@@ -24,7 +24,7 @@ from umer1.processes import is_running
 from umer1.testing import run_distributed
 from umer1.training.config import SFTConfig
 from umer1.training.hang import HANG_STATUS, HangWatch, message
-from umer1.training.heartbeat import RECORD_BYTES, Heartbeat, other_run, read_beats
+from umer1.training.heartbeat import RECORD_BYTES, Heartbeat, claim, other_run, read_beats
 from umer1.training.offending import LossWatch
 from umer1.training.sft import SFTTrainer
 from umer1.training.stragglers import straggler_report
@@ -97,6 +97,17 @@ def test_a_second_run_in_the_same_save_is_refused(tmp_path):
         with pytest.raises(UserError, match="save=.* is in use: .*process 1 on .* at step"):
             Watch(WatchConfig(), None, str(tmp_path), state, ()).__enter__()
     assert other_run(heart.folder) is None, "it has ended"
+
+
+def test_of_two_runs_that_start_at_one_moment_one_goes_on(tmp_path, monkeypatch):
+    other = Heartbeat(tmp_path, 0, 5.0)
+    beat_of(other, 1)
+    monkeypatch.setattr(time, "sleep", lambda seconds: other.write())
+    assert claim(tmp_path).pid == 1, "the other one has written last"
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert claim(tmp_path) is None and read_beats(tmp_path)[0].pid == os.getpid()
 
 
 def test_records_of_runs_that_are_gone_stop_nobody(tmp_path):

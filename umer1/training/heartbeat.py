@@ -19,6 +19,7 @@ from umer1.processes import is_running
 RECORD_BYTES = 512
 ALARM = "alarm"  # holds "1" once a rank has found that the run hangs
 SPOKEN = "spoken"  # is there once a rank has the word to say where all are
+_TOGETHER = 0.3  # seconds in which runs that start at one moment have written
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,21 @@ def read_beats(folder: Path) -> dict[int, Beat]:
             continue
         found[beat.rank] = beat
     return found
+
+
+def claim(folder: Path) -> Beat | None:
+    """Make the folder this run's and write its first rank's first record; or the record of a run that is at work in it.
+
+    Of two runs that start at one moment the one that writes last has it.
+    """
+    if other := other_run(folder):
+        return other
+    clear(folder)
+    heart = Heartbeat(folder, 0, 0.0)
+    heart.write()
+    time.sleep(_TOGETHER)
+    mine, found = heart.now(), read_beats(folder).get(0)
+    return found if found is not None and (found.host, found.pid) != (mine.host, mine.pid) else None
 
 
 def other_run(folder: Path, patience: float = 11.0) -> Beat | None:

@@ -20,7 +20,7 @@ from umer1.checkpoints.layout import is_writable
 from umer1.distributed.parallel import ParallelState
 from umer1.training.batches import raise_together
 from umer1.training.hang import HangWatch, look_interval
-from umer1.training.heartbeat import Heartbeat, clear, other_run
+from umer1.training.heartbeat import Heartbeat, claim, clear
 from umer1.training.profiling import StepProfiler
 from umer1.training.signals import SignalWatch
 from umer1.training.watch_config import WatchConfig
@@ -119,13 +119,13 @@ class Watch:
         if self.state.rank == 0:
             problem = is_writable(folder)
             try:
-                if self.save and (other := other_run(folder / "heartbeat")):
+                if self.save is None:
+                    clear(folder / "heartbeat")
+                elif other := claim(folder / "heartbeat"):
                     problem = (
                         f"save={self.save} is in use: a run whose rank 0 is process {other.pid} on {other.host} is at "
                         f"step {other.step} there; end it, or give another --save"
                     )
-                else:
-                    clear(folder / "heartbeat")
             except OSError as error:
                 problem = problem or f"nothing can be written to {folder}/heartbeat: {error.strerror}"
         raise_together(problem)
