@@ -3,7 +3,7 @@
     umer1 annotate --data-root DATA --output OUT --tokenizer MODEL_DIR \\
         --inputs '[{layout: mmeb, path: DATA/mmeb/ImageNet_1K, split: original, media_folder: mmeb},
                    {layout: llavahound-video, path: DATA/hound.jsonl, dataset: hound, media_folder: frames}]' \\
-        --endpoint http://localhost:8000/v1 --teacher-model glm-4.1v-thinking --strip-box-markers
+        --endpoint http://localhost:8000/v1 --teacher-model glm-4.1v-thinking --keep-special-tokens --strip-box-markers
 
 A teacher, for instance:  vllm serve zai-org/GLM-4.1V-9B-Thinking --served-model-name glm-4.1v-thinking \\
                               --limit-mm-per-prompt '{"image": 8, "video": 1}' --max-model-len 32768
