@@ -16,6 +16,7 @@ from data_tools import tiny_directory, write_picture, write_records
 from teacher_server import FAILURES, Teacher, good_text
 
 from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
+from umer1.annotation.ask import Asker, Question
 from umer1.annotation.client import Answer, Client, Failed, Refused, seconds_of
 from umer1.annotation.config import AnnotateConfig, FilterConfig, InputFile
 from umer1.annotation.journal import Journal
@@ -313,6 +314,26 @@ def test_a_connection_that_the_server_closed_while_it_was_idle(monkeypatch):
         config = TeacherConfig(endpoint=address, teacher_model="toy", max_attempts=3, backoff_seconds=0.2)
         outcome = Client(config, None, threading.Event()).ask(b"{}")
     assert isinstance(outcome, Failed) and outcome.detail.startswith("status 503") and len(asked) == 3
+
+
+def test_answers_are_kept_while_the_reader_looks_for_the_next_question(tmp_path):
+    """A resumed run passes over a million answered sides between two questions: what comes meanwhile is durable."""
+    side, kept = Side(good_text("a side")), []
+    journal = Journal(tmp_path / "journal.jsonl", {})
+
+    def questions():
+        yield Question(side_key(side), side)
+        deadline = time.monotonic() + 20
+        while side_key(side) not in journal and time.monotonic() < deadline:
+            time.sleep(0.01)
+            yield None
+        kept.append(side_key(side) in journal)
+
+    with Teacher() as teacher:
+        config = TeacherConfig(endpoint=teacher.url, teacher_model="toy", concurrency=2)
+        assert Asker(config, None, MediaRoot(tmp_path), journal).run(questions(), lambda outcome: None) == {}
+    assert kept == [True] and isinstance(journal.read(side_key(side)), Answer)
+    journal.close()
 
 
 def test_waits_have_a_bound_however_many_attempts():

@@ -139,11 +139,11 @@ class Annotation:
             return None
         return Difficulty(engine, RankRule(config.rl_min_rank, config.rl_max_rank_share), self.media)
 
-    def _ask(self, questions: Iterator[Question], progress: Progress) -> dict[str, Fault]:
+    def _ask(self, questions: Iterator[Question | None], progress: Progress) -> dict[str, Fault]:
         """What stays without an answer, by key; a teacher of our own is started when there is something to ask."""
         teacher = self.command.teacher
         with ExitStack() as stack:
-            first = next(questions, None)
+            first = next(filter(None, questions), None)
             if first is None:
                 return {}
             api_key = os.environ[teacher.api_key_env] if teacher.api_key_env else None
@@ -176,8 +176,8 @@ class Annotation:
                     return Broken(sample.id, sample.dataset, "reserved_token", f"the text spells {token}")
         return sample
 
-    def _questions(self, left_out: set[str], progress: Progress) -> Iterator[Question]:
-        """Sides without an answer, each key once."""
+    def _questions(self, left_out: set[str], progress: Progress) -> Iterator[Question | None]:
+        """Sides without an answer, each key once; None for each of the others."""
         seen: set[bytes] = set()
         for sample in self._samples():
             if isinstance(sample, Broken):
@@ -186,6 +186,7 @@ class Annotation:
                 key = self._key(sample, name, side)
                 if key in self.journal or bytes.fromhex(key) in seen or sample.content() in left_out:
                     progress.known()
+                    yield None
                 else:
                     seen.add(bytes.fromhex(key))
                     yield Question(key, side)

@@ -43,9 +43,12 @@ class Asker:
         self._results: queue.Queue[tuple[str, Outcome]] = queue.Queue()
         self._unanswered_in_a_row = 0
 
-    def run(self, questions: Iterable[Question], done: Callable[[Answer | Refused | Fault], None]) -> dict[str, Fault]:
+    def run(
+        self, questions: Iterable[Question | None], done: Callable[[Answer | Refused | Fault], None]
+    ) -> dict[str, Fault]:
         """Ask all; `done` hears of each outcome once it is durable.  What stays without an answer comes back by key.
 
+        None among the questions is none: a reader that passes over many sides lets answers be kept meanwhile.
         Raises UserError when the endpoint refuses everybody or gave no answer to `stop_after_failures` sides in a row;
         what was answered until then is in the journal.
         """
@@ -56,13 +59,16 @@ class Asker:
         under_way = 0
         try:
             for question in questions:
+                under_way -= self._settle(self._waiting(), unanswered, done)
+                if question is None:
+                    continue
                 # two a thread: nobody waits for the reader, and little is read ahead
                 while under_way >= 2 * self.config.concurrency:
-                    under_way -= self._collect(unanswered, done)
+                    under_way -= self._settle([self._results.get(), *self._waiting()], unanswered, done)
                 self._questions.put(question)
                 under_way += 1
             while under_way:
-                under_way -= self._collect(unanswered, done)
+                under_way -= self._settle([self._results.get(), *self._waiting()], unanswered, done)
         except BaseException:
             self._stop.set()
             self._keep_what_comes(threads)
@@ -93,9 +99,13 @@ class Asker:
                 outcome = error
             self._results.put((question.key, outcome))
 
-    def _collect(self, unanswered: dict[str, Fault], done: Callable[[Answer | Refused | Fault], None]) -> int:
-        """Wait for a result, take what else is there; answers become durable before anything else happens."""
-        results = [self._results.get(), *self._waiting()]
+    def _settle(
+        self,
+        results: list[tuple[str, Outcome]],
+        unanswered: dict[str, Fault],
+        done: Callable[[Answer | Refused | Fault], None],
+    ) -> int:
+        """How many they were; answers become durable before anything else happens."""
         kept = [(key, outcome) for key, outcome in results if isinstance(outcome, Answer | Refused)]
         if kept:
             self.journal.append(kept)
