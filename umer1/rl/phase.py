@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from umer1 import device
 from umer1.distributed.flags import SharedFlag
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
@@ -45,7 +46,11 @@ class FollowingEngine:
     def sleep(self) -> None:
         """Nothing to do."""
 
-    wake = restart = close = sleep
+    def wake(self) -> None:
+        """The engine takes memory of this rank's GPU as well."""
+        device.release_memory()
+
+    close, restart = sleep, wake
 
 
 @dataclass(slots=True)
@@ -78,13 +83,19 @@ class RolloutPhase:
         self.working: Callable[[], None] = lambda: None  # called while this rank's engine is at work
         self.waiting: Callable[[str], None] = lambda name: None  # called when only the others' are
 
+    def start(self, stop: Stop) -> None:
+        """Wait until every engine stands.
+
+        Raises on all ranks together: EngineDied, UserError; Interrupted, when `stop` says so.
+        """
+        self._agree(self._attempt(lambda asked_to_stop: self.engine.start(asked_to_stop), stop))
+
     def load_weights(self, models: list[torch.nn.Module], stop: Stop) -> float:
         """The trainer's weights into every engine; seconds.
 
         Raises on all ranks together: EngineDied, UserError; Interrupted, when `stop` says so while engines start.
         """
-        outcome = self._attempt(lambda asked_to_stop: self.engine.start(asked_to_stop), stop)
-        self._agree(outcome)
+        self.start(stop)
         return self.sync_weights(models)
 
     def run(self, requests: list[Request], sampling: Sampling, stop: Stop) -> list[Answer]:

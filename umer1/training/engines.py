@@ -1,8 +1,10 @@
 """Which rollout engine this run has, and where it stands among the ranks."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from umer1 import device
 from umer1.distributed.flags import SharedFlag
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
@@ -13,7 +15,7 @@ from umer1.rl.engines.vllm_assets import check_head_size
 from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 from umer1.rl.phase import FollowingEngine, RolloutPhase
-from umer1.rl.types import RolloutEngine
+from umer1.rl.types import EngineDied, Interrupted, RolloutEngine, Stop
 from umer1.training.batches import image_config, raise_together
 from umer1.training.policy_config import GRPOConfig
 
@@ -61,6 +63,18 @@ def make_phase(config: GRPOConfig, directory: HFDirectory, state: ParallelState)
     raise_together(failure)
     timeout = config.rollout.weight_sync_timeout_seconds
     return RolloutPhase(engine, state, ranks_per_engine=ranks, timeout=timeout, leave=SharedFlag("leave"))
+
+
+def await_engines(phase: RolloutPhase, config: GRPOConfig, stop: Stop) -> None:
+    """On GPUs wait for the engines beside the trainer, before it builds its model; collective.
+
+    An engine that starts takes all that is allocated on its GPU meanwhile for its own need, and has so much less for
+    keys and values; it even ends when memory becomes free.  One that dies is reported and started anew by its first
+    use, which hears a signal as well.
+    """
+    if device.has_cuda() and config.rollout.rollout_server is None:
+        with suppress(EngineDied, Interrupted):
+            phase.start(stop)
 
 
 def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState, ranks: int) -> RolloutEngine:

@@ -18,7 +18,7 @@ from umer1.rl.phase import RolloutPhase
 from umer1.rl.types import Completion, EngineDied, Interrupted, Request, Sampling
 from umer1.training.build import build_training_model
 from umer1.training.dynamic_sampling import merge_rounds
-from umer1.training.engines import describe_engine, make_phase
+from umer1.training.engines import await_engines, describe_engine, make_phase
 from umer1.training.heldout import Heldout, evaluate, requests_of
 from umer1.training.optimizer import step_if_finite
 from umer1.training.policy_balance import RolloutBalance
@@ -45,9 +45,11 @@ class GRPOTrainer(Trainer):
     own_phases = ("data", "generating", "forward and backward")
 
     def __init__(self, config: GRPOConfig, directory: HFDirectory, state: ParallelState, watch: Watch):
-        # The engine first: its process starts while the model is built here.
+        # The engine first: on a CPU its process starts while the model is built here.
         with watch.phase("starting the rollout engine"):
             self.phase: RolloutPhase = make_phase(config, directory, state)
+            self.phase.working, self.phase.waiting = watch.beat, watch.waits
+            await_engines(self.phase, config, lambda: bool(watch.signals.received))
         weights_follow = config.model.hf_model is None and config.checkpoint.load is not None
         with watch.phase("reading the data's index"):
             source = PromptSource(config, directory, state)
@@ -80,7 +82,6 @@ class GRPOTrainer(Trainer):
         self.seconds: dict[str, float] = {}
         self.not_logged: list[dict[str, Any]] = []  # records of steps since the last log line
         self.slowest: dict[str, float] = {}  # straggler report of the interval that ends
-        self.phase.working, self.phase.waiting = self.watch.beat, self.watch.waits
 
     # ------------------------------------------------------------------------------------------------ the loop
 

@@ -78,7 +78,7 @@ class VLLMEngine:
         self._channel: Channel | None = None
         self._staging: StagingBuffer | None = None
         self._started = False
-        self._obituary = ""  # of an engine that died where no one could be told
+        self._obituary = ""  # of an engine that died where no one could be told, or while it started
         if server is None:
             check_head_size(directory.config)
             images = image_config or ImageConfig.from_settings(
@@ -176,7 +176,12 @@ class VLLMEngine:
         self._simple("sleep", "going to sleep")
 
     def wake(self) -> None:
-        """Take the memory of the weights again; that of the KV cache follows when they have been loaded."""
+        """Take the memory of the weights again; that of the KV cache follows when they have been loaded.
+
+        A child shares its GPU with the trainer, whose step leaves most of it in the hands of torch's allocator.
+        """
+        if self._started and self.server is None:
+            device.release_memory()
         self._simple("wake", "waking up")
 
     def _simple(self, command: str, phase: str) -> None:
@@ -206,6 +211,7 @@ class VLLMEngine:
         self._started, self._obituary = False, ""
         if self.server is not None:
             return  # `start` connects: a server that is not there must not end the constructor
+        device.release_memory()  # vLLM refuses to start where its share of the GPU is not free
         self._process = EngineProcess(self.log_path, self.devices)
         self._channel = Channel(self._process.connection)
         with self._exchange("starting"):
@@ -235,8 +241,12 @@ class VLLMEngine:
                 self._obituary or f"the vLLM engine of rank {self.rank} is not running; it has to be restarted"
             )
         else:
-            with self._exchange("starting"):
-                self._await("started", START_SECONDS, stop)
+            try:
+                with self._exchange("starting"):
+                    self._await("started", START_SECONDS, stop)
+            except EngineDied as error:
+                self._obituary = str(error)  # for whoever asks next
+                raise
         self._started = True
 
     def _end(self) -> None:
