@@ -91,6 +91,14 @@ def test_one_that_dies_is_quoted(world, monkeypatch):
         main(own_flags(root, inputs))
 
 
+def test_one_that_dies_on_the_way_is_quoted(world, monkeypatch):
+    root, inputs = world
+    dying = SERVER.replace("asked = json", "print('out of memory', flush=True), os._exit(3); asked = json")
+    monkeypatch.setattr(own_teacher, "_SERVER", ("-c", dying))
+    with pytest.raises(UserError, match="(?s)no answer to 2 sides in a row.*ended with status 3.*out of memory"):
+        main(own_flags(root, inputs, "--max-attempts", "1", "--stop-after-failures", "2"))
+
+
 def test_it_ends_with_a_killed_parent(tmp_path):
     child = "import time; print('there', flush=True); time.sleep(600)"
     start = (

@@ -33,7 +33,8 @@ _SHOWN = 2000  # characters of its log in a message
 def served_teacher(config: TeacherConfig, log: Path) -> Iterator[tuple[TeacherConfig, str]]:
     """(the settings with the endpoint of a server that answers within the `with`, its key); its words go to `log`.
 
-    Raises UserError with the log's end when the server ends before it answers.
+    Raises UserError with the log's end when the server ends before it answers; one that leaves the block while the
+    server has ended gets it too.
     """
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
@@ -58,7 +59,12 @@ def served_teacher(config: TeacherConfig, log: Path) -> Iterator[tuple[TeacherCo
         )
     try:
         _wait_until_healthy(process, f"http://{_HOST}:{port}/health", log)
-        yield replace(config, endpoint=f"http://{_HOST}:{port}/v1"), key
+        try:
+            yield replace(config, endpoint=f"http://{_HOST}:{port}/v1"), key
+        except UserError as error:
+            if process.poll() is None:
+                raise
+            raise UserError(f"{error}; {_last_words(process, log)}") from None
     finally:
         _end(process)
 
@@ -71,8 +77,12 @@ def _wait_until_healthy(process: subprocess.Popen, address: str, log: Path) -> N
                 return
         except OSError:  # not there yet
             time.sleep(0.2)
+    raise UserError(_last_words(process, log))
+
+
+def _last_words(process: subprocess.Popen, log: Path) -> str:
     end = log.read_text(encoding="utf-8", errors="replace")[-_SHOWN:].strip()
-    raise UserError(f"the teacher's process ended with status {process.returncode}; the end of {log}:\n{end}")
+    return f"the teacher's process ended with status {process.returncode}; the end of {log}:\n{end}"
 
 
 def _end(process: subprocess.Popen) -> None:
