@@ -271,6 +271,16 @@ def test_ctrl_c_says_that_it_goes_on(data, tmp_path, monkeypatch, capsys):
     assert "stopped; the same command goes on from here" in capsys.readouterr().err
 
 
+def test_settings_of_a_run_that_came_to_nothing_bind_no_other(data, tmp_path):
+    run(data, tmp_path, tasks=["VOC2007"])  # in disc mode
+    flags = ["--query-mode", "gen", "--max-new-tokens", "2", "--missing-gen-emb"]  # the base writes no <gen_emb>
+    with pytest.raises(UserError, match="3 of 3 inputs cannot be embedded"):
+        run(data, tmp_path, *flags, "error", tasks=["VOC2007"])
+    run(data, tmp_path, *flags, "disc", tasks=["VOC2007"])
+    with pytest.raises(UserError, match="missing_gen_emb: 'disc' there, 'append' now"):
+        run(data, tmp_path, *flags, "append", tasks=["VOC2007"])
+
+
 def test_results_of_another_benchmark_are_not_overwritten(data, tmp_path):
     (tmp_path / "results.json").write_text('{"benchmark": "mini"}')
     with pytest.raises(UserError, match="a results.json that is of no MMEB-V2 run"):

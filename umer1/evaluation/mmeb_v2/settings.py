@@ -12,6 +12,9 @@ from umer1.evaluation.mmeb_v2.config import MMEBCommand
 from umer1.files import write_json
 
 FILE = "settings.json"
+# What a run leaves that got further than its settings: in any mode, in gen mode.
+_MADE = ("vectors/*.npz", "parts/*/*.npz", "results_*.json")
+_MADE_BY_GEN = ("vectors/*_gen.npz", "parts/*_gen/*.npz", "results_*gen*.json")
 _FORMAT = 1
 # Settings of generation that change no response.
 _NO_MATTER = ("max_sequences",)
@@ -39,13 +42,16 @@ def settings_of(command: MMEBCommand, model_sha256: str, processor: Processor) -
 
 def keep_settings(folder: str | Path, settings: dict[str, Any]) -> None:
     """Write them, or compare them with those that vectors in `folder` were made under; UserError with what differs, and
-    where the folder has the results of something else."""
-    path = Path(folder) / FILE
-    if not path.exists() and (Path(folder) / "results.json").exists():
+    where the folder has the results of something else.  A run that came to nothing binds no other."""
+    folder = Path(folder)
+    path = folder / FILE
+    if not path.exists() and (folder / "results.json").exists():
         raise UserError(f"{folder} has a results.json that is of no MMEB-V2 run; choose another --output")
-    if path.exists():
+    if path.exists() and _holds(folder, _MADE):
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            if not _holds(folder, _MADE_BY_GEN):
+                found["gen"] = None
             there = {"format": found["format"], **found["all"], **(found["gen"] or {})}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read ({error!r}); choose another --output") from None
@@ -59,6 +65,10 @@ def keep_settings(folder: str | Path, settings: dict[str, Any]) -> None:
             )
         settings = {**settings, "gen": found["gen"] or settings["gen"]}
     write_json(path, settings)
+
+
+def _holds(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def settings_hash(settings: dict[str, Any], mode: str) -> str:
