@@ -1,10 +1,12 @@
 """The predicted peak against what torch's allocator handed out, on shapes that nobody tuned the formulas on."""
 
+import math
 import random
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +143,31 @@ def test_largest_micro_batch_is_the_largest():
     assert peak(found) <= tight.usable_bytes < peak(found + 1)
     roomy = replace(setup, hardware=HARDWARE["cpu"])
     assert Steps(roomy, settings).largest_micro_batch() is None
+
+
+def test_least_recomputation_is_that_of_the_stage_with_most_layers():
+    """The first of two stages has one layer of eight."""
+    uneven = {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}
+    settings = PlanConfig(world_size=2, patches_per_side=0)
+
+    def steps(usable: int, **recompute: Any) -> Steps:
+        config = SFTConfig(
+            model=ModelConfig(bf16=True),
+            parallel=ParallelConfig(**uneven, **recompute),
+            data=DataConfig(global_batch_size=16, micro_batch_size=4, seq_length=2048),
+        )
+        device = replace(HARDWARE["h100"], memory_bytes=usable, reserve_bytes=0, fragmentation=0.0)
+        model = shape(256, 8, 8, 2, 768, 4096)
+        return Steps(Setup(model=model, config=config, world_size=2, hardware=device), settings)
+
+    def peak(count: int) -> int:
+        recompute = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": count}
+        tried = steps(1 << 40, **recompute)
+        return max(line.peak for line in tried.memory(tried.fullest()))
+
+    for count in (4, 7):
+        assert peak(count) < peak(count - 1)
+        assert steps(math.ceil(peak(count) / 0.93)).least_recomputation() == count
 
 
 @pytest.mark.parametrize("config_class", [SFTConfig, GRPOConfig])

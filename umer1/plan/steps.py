@@ -130,21 +130,22 @@ class Steps:
 
         The plan has been up to 7% too low on CPU, so that much is left.  None: nothing limits it, or all are too few.
         """
-        usable, works = self.setup.hardware.usable_bytes, self.fullest()
-        layers = [len(part) for part in stage_layers(self.setup.parallel, self.setup.model.num_layers, 0)]
+        usable, works, parallel = self.setup.hardware.usable_bytes, self.fullest(), self.setup.parallel
+        stages = [stage_layers(parallel, self.setup.model.num_layers, stage) for stage in range(self.setup.layout.pp)]
+        most = max(len(part) for parts in stages for part in parts)
 
         def peak(count: int) -> int:
             block = dict(recompute_method="block", recompute_num_layers=count) if count else {}
             kind = dict(
                 recompute_granularity="full" if count else None, recompute_method=None, recompute_num_layers=None
             )
-            config = replace(self.setup.config, parallel=replace(self.setup.parallel, **kind | block))
+            config = replace(self.setup.config, parallel=replace(parallel, **kind | block))
             lines = Steps(replace(self.setup, config=config), self.settings).memory(works)
             return max(line.peak for line in lines)
 
-        if usable is None or peak(max(layers)) > _FULL * usable:
+        if usable is None or peak(most) > _FULL * usable:
             return None
-        low, high = 0, max(layers)
+        low, high = 0, most
         while low < high:
             count = (low + high) // 2
             low, high = (low, count) if peak(count) <= _FULL * usable else (count + 1, high)
