@@ -1,5 +1,6 @@
 """`umer1 mine` on a tiny model: scores of plain transformers, kills, ranks, and a training run on what it wrote."""
 
+import contextlib
 import json
 import os
 import signal
@@ -87,6 +88,22 @@ def test_two_ranks_write_what_one_writes(case, tmp_path):
     run_distributed(mine_on_rank, 2, arguments(case, tmp_path / "two.json"))
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
     assert not (tmp_path / "two.json.parts").exists()
+
+
+def mine_another_file(folder: str, argv: list[str]) -> str:
+    with pytest.raises(UserError) as error, contextlib.chdir(f"{folder}/{os.environ['RANK']}"):
+        main([*argv, "--input", "pairs.json"])
+    return str(error.value)
+
+
+def test_ranks_that_read_other_files_are_refused(case, tmp_path):
+    """Copies on two machines, one of them of another day: places of one rank would be other pairs on the next."""
+    records = json.loads(case[1].read_text())
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "pairs.json").write_text(json.dumps(records[rank:]))
+    said = run_distributed(mine_another_file, 2, str(tmp_path), arguments(case, tmp_path / "out.json"))
+    assert said == ["pairs.json is not the same on all machines; give all ranks one file"] * 2
 
 
 def test_killed_and_started_again(case, tmp_path):

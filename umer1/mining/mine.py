@@ -34,7 +34,7 @@ from umer1.inference.embedders import Embedded
 from umer1.inference.engine import Engine, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import Input
-from umer1.inference.replicas import on_first
+from umer1.inference.replicas import on_first, share_with_all
 from umer1.mining.config import MineCommand, MineConfig
 from umer1.mining.corpus import Corpus, Sides, read_corpus
 from umer1.mining.select import select
@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
     _refuse(config, corpus, len(dataset))
     make_folder(work_folder(config))
     with init_distributed(command.engine.parallel()) as state, ExitStack() as held:
+        if len(set(share_with_all(dataset.contents[0], state))) > 1:
+            raise UserError(f"{config.input} is not the same on all machines; give all ranks one file")
         on_first(lambda: held.enter_context(alone_in(work_folder(config))), state)
         command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
         sha256 = on_first(lambda: model_fingerprint(command.engine.model), state)
