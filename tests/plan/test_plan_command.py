@@ -308,9 +308,10 @@ def test_dry_run_builds_each_stage_of_a_cluster(stage, flags, built, capsys):
 def test_dry_run_finds_what_the_program_would(tmp_path):
     flags = ["--dry-run", "--world-size", "64", "--hf-model", str(ROOT / "umer1/assets/mini_base"), "--foo", "1"]
     flags += ["--data-path", str(tmp_path / "absent.json"), "--tensor-model-parallel-size", "3"]
+    flags += ["--save", str(ROOT / "setup.py" / "run")]
     with pytest.raises(ConfigError) as raised:
         dry_run("grpo", flags, CONFIGS / "mini_grpo.yaml", default_policy_violations)
-    for problem in ("--foo", "absent.json does not exist", "processes, 64", "use 1 or 2"):
+    for problem in ("--foo", "absent.json does not exist", "processes, 64", "use 1 or 2", "setup.py is a file"):
         assert problem in str(raised.value), problem
     flags[flags.index("--hf-model") + 1] = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="(?s)nothing.*processes, 64"):

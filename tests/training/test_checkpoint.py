@@ -138,6 +138,10 @@ def test_load_without_a_checkpoint_is_refused(tiny, state, saved, tmp_path):
 def test_violations_come_together(tmp_path):
     config = CheckpointConfig(save_interval=0, keep_latest_checkpoints=-1, ckpt_step=3, finetune=True)
     assert len(config.violations()) == 4
+    (tmp_path / "file").touch()
+    (problem,) = CheckpointConfig(save=str(tmp_path / "file" / "run")).violations()
+    assert problem.endswith(f"cannot be a directory: {tmp_path}/file is a file")
+    assert CheckpointConfig(save=str(tmp_path / "new" / "run")).violations() == []
     same = CheckpointConfig(save=str(tmp_path / "a"), load=str(tmp_path / "a"))
     assert same.violations() == []  # the first start of a command that names one directory twice
     assert "is not a directory" in CheckpointConfig(load=str(tmp_path / "b")).violations()[0]

@@ -209,6 +209,17 @@ def sound_iterations(save: str | Path) -> list[int]:
     return sound
 
 
+def place_problem(save: str | Path) -> str | None:
+    """Why nothing could be saved under `save`, or None; for checks before a run, as it makes nothing."""
+    path = Path(save).absolute()
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir():
+        return f"save={save} cannot be a directory: {nearest} is a file"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"save={save} cannot be written: {nearest} is not writable"
+    return None
+
+
 def is_writable(save: str | Path) -> str | None:
     """Why nothing can be saved under `save`, or None."""
     try:

@@ -81,6 +81,8 @@ class CheckpointConfig:
             problems.append("ckpt_step needs --load, and a --save that is another directory")
         if self.finetune and not self.load:
             problems.append("finetune needs --load, the directory whose weights are taken")
+        if self.save and (problem := directories.place_problem(self.save)):
+            problems.append(problem)
         if self._loads_from_elsewhere and not Path(self.load).is_dir():
             problems.append(f"load={self.load} is not a directory")
         return problems
