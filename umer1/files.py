@@ -106,6 +106,15 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         os.close(fd)
 
 
+@contextmanager
+def writing_to(output: str | Path) -> Iterator[None]:
+    """A block that writes into `output`: a disk that refuses is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}") from None
+
+
 def not_written(what: str, folder: str | Path, cause: object) -> str:
     """What the user is told when `what` could not be written into `folder`."""
     try:

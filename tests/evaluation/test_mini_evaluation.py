@@ -81,6 +81,9 @@ def test_disc_alone_of_a_checkpoint(root, tmp_path, monkeypatch, capsys):
     assert Path(result["model"]).parent == tmp_path / "run"
     assert result["model_sha256"] == model_fingerprint(result["model"])
     capsys.readouterr()
+    (tmp_path / "refused" / "results.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="refused cannot be written.*results.json"):
+        main(["--stored", str(tmp_path), "--output", str(tmp_path / "refused")])
     monkeypatch.setenv("RANK", "1")
     main(["--stored", str(tmp_path), "--output", str(tmp_path / "again")])
     assert capsys.readouterr().out == "" and not list((tmp_path / "again").iterdir())

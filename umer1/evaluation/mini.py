@@ -34,7 +34,7 @@ from umer1.evaluation.modes import mean_over_tasks, score_task
 from umer1.evaluation.report import evaluation_report, write_evaluation
 from umer1.evaluation.stored import arrays_path, load_outputs, save_outputs
 from umer1.evaluation.tasks import Benchmark, read_benchmark
-from umer1.files import make_folder
+from umer1.files import make_folder, writing_to
 from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.replicas import on_first
@@ -134,7 +134,8 @@ def main(argv: list[str]) -> None:
 
 
 def _finish(result: dict, output: str) -> None:
-    write_evaluation(result, output)
+    with writing_to(output):
+        write_evaluation(result, output)
     print(evaluation_report(result), flush=True)
 
 
@@ -177,7 +178,8 @@ def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict |
     for task in benchmark.tasks:
         outputs = run_task(engine, task, media, gen)
         if outputs is not None:
-            save_outputs(outputs, arrays_path(config.output, task.name))
+            with writing_to(config.output):
+                save_outputs(outputs, arrays_path(config.output, task.name))
             try:
                 sections[task.name] = score_task(outputs, config.rule())
             except ValueError as error:

@@ -20,7 +20,7 @@ from umer1.configuration import help_text, load_config
 from umer1.data.media import MediaRoot
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import UserError
-from umer1.files import atomic_path, make_folder, write_json_lines
+from umer1.files import atomic_path, make_folder, write_json_lines, writing_to
 from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import bad_inputs_message, read_inputs
@@ -122,10 +122,8 @@ def main(argv: list[str]) -> None:
         if bad and not config.skip_bad_inputs:
             raise UserError(bad_inputs_message(config.input, bad, total))
         if state.rank == 0:
-            try:
+            with writing_to(config.output):
                 write_results(config, encoded, bad, total)
-            except OSError as error:
-                raise UserError(f"{config.output} cannot be written: {error}") from None
         state.barrier()
 
 

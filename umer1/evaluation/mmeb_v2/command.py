@@ -18,7 +18,6 @@ from contextlib import ExitStack
 
 from umer1.configuration import help_text, load_config
 from umer1.distributed.parallel import init_distributed, launched_rank
-from umer1.errors import UserError
 from umer1.evaluation.mmeb_v2.config import MMEBCommand, MMEBConfig
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report
 from umer1.evaluation.mmeb_v2.memory import Memory, survey
@@ -26,7 +25,7 @@ from umer1.evaluation.mmeb_v2.registry import select
 from umer1.evaluation.mmeb_v2.run import encode_tasks, open_newest
 from umer1.evaluation.mmeb_v2.scoring import Scorer, score_references, score_stored
 from umer1.evaluation.mmeb_v2.types import TaskSpec
-from umer1.files import alone_in, make_folder
+from umer1.files import alone_in, make_folder, writing_to
 from umer1.inference.replicas import on_first
 
 
@@ -54,10 +53,8 @@ def main(argv: list[str]) -> None:
 
 def _score_again(config: MMEBConfig, specs: list[TaskSpec]) -> None:
     score = score_stored if config.stored else score_references
-    try:
+    with writing_to(config.output):
         score(config, specs, lambda text: print(text, flush=True))
-    except OSError as error:
-        raise UserError(f"{config.output} cannot be written: {error}") from None
 
 
 def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
