@@ -21,8 +21,10 @@ KINDS = {
 }
 
 
-def write_video(path, *, frames=40, codec="libx264", options=None, size=(96, 64), rotation=0):
+def write_video(path, *, frames=40, codec="libx264", options=None, size=(96, 64), rotation=0, title=None):
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         if rotation:
@@ -74,6 +76,14 @@ def test_a_rotation_is_applied(tmp_path):
     every = all_frames(write_video(tmp_path / "r.mp4", frames=3, rotation=90))
     first = video_files.sample_frames(MediaRoot(tmp_path), "r.mp4", 1)[0]
     np.testing.assert_array_equal(np.asarray(first), np.rot90(every[0]))
+
+
+def test_titles_may_be_in_any_encoding(tmp_path):
+    path = write_video(tmp_path / "t.mp4", frames=3, title="cafe-cafe")
+    data = path.read_bytes()
+    assert data.count(b"cafe-cafe") == 1
+    path.write_bytes(data.replace(b"cafe-cafe", b"caf\xe9-caf\xe9"))  # Latin-1
+    assert len(video_files.sample_frames(MediaRoot(tmp_path), "t.mp4", 8)) == 3
 
 
 def test_bounds_are_checked_before_decoding(tmp_path, monkeypatch):

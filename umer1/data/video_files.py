@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def _opened(media: MediaRoot, relative: str) -> Iterator[tuple[Any, Any]]:
     options = {"format_whitelist": _CONTAINERS, "codec_whitelist": _CODECS, "protocol_whitelist": "none"}
     with media.open_file(relative, MAX_VIDEO_BYTES) as file:
         try:
-            with av.open(file, options=options, metadata_errors="replace", io_open=_no_second_file) as container:
+            with av.open(file, options=options, io_open=_no_second_file, **_any_metadata(av)) as container:
                 if not container.streams.video:
                     raise BadSample("corrupt_video", f"{relative!r} has no video stream")
                 stream = container.streams.video[0]
@@ -104,6 +105,11 @@ def _opened(media: MediaRoot, relative: str) -> Iterator[tuple[Any, Any]]:
             raise BadSample("too_many_pixels", f"{relative!r} does not fit in memory") from None
         except Exception as error:  # hostile bytes make FFmpeg and its binding raise nearly every type
             raise BadSample("corrupt_video", f"{relative!r}: {type(error).__name__}: {error}") from None
+
+
+def _any_metadata(av: ModuleType) -> dict[str, str]:
+    """The argument that lets titles be in any encoding; from PyAV 19 on they may be, and there is no such argument."""
+    return {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
 def _no_second_file(url: str, flags: int, options: dict) -> Any:
