@@ -318,6 +318,21 @@ def test_dry_run_finds_what_the_program_would(tmp_path):
         dry_run("grpo", flags, CONFIGS / "mini_grpo.yaml", default_policy_violations)
 
 
+def test_dry_run_of_a_model_by_name_looks_at_what_is_written(tmp_path):
+    (tmp_path / "file").touch()
+    flags = [
+        "--dry-run",
+        "--shape",
+        "qwen2-vl-2b",
+        "--export-hf",
+        str(tmp_path / "file"),
+        "--save",
+        str(tmp_path / "file"),
+    ]
+    with pytest.raises(ConfigError, match="(?s)file is a file; the export.*file is a file"):
+        dry_run("sft", flags, CONFIGS / "qwen2_vl_2b_sft_8xh100.yaml")
+
+
 def test_program_ends_with_one_message_and_trains_nothing(tmp_path):
     argv = [sys.executable, "examples/pretrain_sft.py", "--dry-run", "--world-size", "64", "--lr", "0"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)

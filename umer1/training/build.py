@@ -13,6 +13,7 @@ from umer1 import device
 from umer1.distributed.parallel import ParallelConfig, ParallelState
 from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.export import destination_problem
 from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import load_hf, unwrap
 
@@ -35,9 +36,10 @@ class ModelConfig:
     """Write the trained model here as a Hugging Face directory at the end."""
 
     def violations(self) -> list[str]:
-        if self.fp32 and self.bf16:
-            return ["fp32 and bf16 are both set; choose one"]
-        return []
+        found = ["fp32 and bf16 are both set; choose one"] if self.fp32 and self.bf16 else []
+        if self.export_hf and (problem := destination_problem(self.export_hf)):
+            found.append(problem)  # said now, not after days of training
+        return found
 
     @property
     def params_dtype(self) -> torch.dtype:

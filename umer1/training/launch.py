@@ -14,7 +14,6 @@ from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, launched_world_size
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
-from umer1.models.qwen2_vl.export import destination_problem
 from umer1.training.config import SFTConfig
 from umer1.training.engines import engine_violations
 from umer1.training.policy_config import GRPOConfig
@@ -57,9 +56,7 @@ def program_violations(
     gpu: whether the run is on GPUs, which decides the settings that are left open.
     weights: whether the directory must hold them.
     """
-    problem = destination_problem(config.model.export_hf) if config.model.export_hf else None
-    problems = [problem] if problem else []  # said now, not after days of training
-    problems += check(config) + config.node_violations(processes_of_node)
+    problems = check(config) + config.node_violations(processes_of_node)
     config.parallel.resolve(world_size, gpu=gpu)
     try:
         opened.append(open_directory(config, weights=weights))
