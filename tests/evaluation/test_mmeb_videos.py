@@ -273,6 +273,7 @@ def test_options_of_one_name_are_one_candidate(tmp_path):
     (
         ("Video-MME", {"answer": "E"}, "answer 'E' must be one of A, B, C, D"),
         ("NExTQA", {"answer": 5}, "answer 5 must be a whole number from 0 to 4"),
+        ("EgoSchema", {"answer": "9" * 5000}, "answer '999"),
         ("EgoSchema", {"answer": None}, "answer None must be a whole number from 0 to 4"),
         ("ActivityNetQA", {"answer": "maybe"}, "answer 'maybe' must be yes or no"),
         ("HMDB51", {"pos_text": ""}, "pos_text must be a name or a number, not ''"),

@@ -165,7 +165,8 @@ def _without_letters(options: Sequence[str]) -> list[str]:
 
 def _chosen(options: Sequence[str], place: Any, column: str, where: str) -> str:
     """The option that a number, or a number's text, points at."""
-    number = int(place) if isinstance(place, str) and place.isdecimal() else place
+    # int() takes no text of thousands of digits
+    number = int(place) if isinstance(place, str) and place.isdecimal() and len(place) < 10 else place
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(options):
-        raise UserError(f"{where}: {column} {place!r} must be a whole number from 0 to {len(options) - 1}")
+        raise UserError(f"{where}: {column} {place!r:.80} must be a whole number from 0 to {len(options) - 1}")
     return options[number]
