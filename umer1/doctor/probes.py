@@ -272,7 +272,7 @@ say(found, f"{name}, by {sys.executable}")""",
         path=_VLLM_SITE,
         python="UMER1_VLLM_PYTHON",
     ),
-    _package("av", "video files (mp4)", "pip install 'av>=14'", supported=">=14"),
+    _package("av", "video files (mp4)", "pip install 'av>=15.1'", supported=">=15.1"),
     _package("pyarrow", "parquet files (MMEB-V2, annotate)", "pip install 'pyarrow>=18'", supported=">=18"),
     _package(
         "sentence_transformers",
