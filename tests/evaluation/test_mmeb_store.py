@@ -28,5 +28,12 @@ def test_damaged_vectors_are_named_and_made_anew_once_they_are_removed(tmp_path)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"MSVD_qry_disc.npz cannot be read \(damaged.*once it is removed"):
         store.read(side.name, side.fingerprint, side.mode)
+    record = tmp_path / "sides" / f"{side.name}.json"
+    whole = record.read_text()
+    for old, new in (('"seconds": 1.0', '"seconds": []'), ('"lost": []', '"lost": [0]'), ('"identity"', '"id"')):
+        record.write_text(whole.replace(old, new))
+        with pytest.raises(UserError, match="not the record of a task's side"):
+            store.has(side)
+    record.write_text(whole)
     path.unlink()
     assert not store.has(side)

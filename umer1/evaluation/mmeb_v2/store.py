@@ -87,8 +87,7 @@ class Store:
         """The finished side `name` of data version `data`; UserError naming what is damaged or does not fit."""
         record = self._record(name)
         keys, embeddings = load_vectors(self.vectors_path(name), model=self.model_sha256, data=data, mode=mode)
-        lost = {key: entry["cause"] for key, entry in record["lost"]}
-        return Stored(keys, embeddings, lost, float(record["seconds"]), record["responses"])
+        return Stored(keys, embeddings, record["lost"], record["seconds"], record["responses"])
 
     def vectors_path(self, name: str) -> Path:
         return self.folder / "vectors" / f"{name}.npz"
@@ -97,14 +96,18 @@ class Store:
         return self.folder / "sides" / f"{name}.json"
 
     def _record(self, name: str) -> dict[str, Any]:
+        """identity, seconds, responses, and lost: key -> cause."""
         path = self._record_path(name)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if not {"identity", "seconds", "responses", "lost"} <= record.keys():
-                raise ValueError("keys are missing")
-            return record
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not the record of a task's side ({error}); remove it") from None
+            return {
+                "identity": record["identity"],
+                "seconds": float(record["seconds"]),
+                "responses": record["responses"],
+                "lost": {key: entry["cause"] for key, entry in record["lost"]},
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not the record of a task's side ({error!r}); remove it") from None
 
 
 def _summary(lines: list[dict]) -> dict[str, Any]:
