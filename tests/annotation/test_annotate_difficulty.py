@@ -1,7 +1,7 @@
 """RL pairs by difficulty: ranks against transformers' states, and what `umer1 annotate --model` keeps of them."""
 
-import gc
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -22,8 +22,7 @@ from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.data.schema import Side
 from umer1.errors import ConfigError
 from umer1.evaluation.tasks import read_benchmark
-from umer1.inference.engine import EngineConfig, make_processor, open_directory
-from umer1.models.qwen2_vl.model import Qwen2VL
+from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
 
 MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 TASKS = {"mini-look": "image", "mini-vid": "video"}
@@ -72,14 +71,17 @@ def expected_ranks(root, samples) -> list[tuple[int, int, int]]:
 
 def test_ranks_are_those_of_transformers(world, monkeypatch):
     root, samples = world
-    released = []
+    models, alive = [], []
 
-    def look() -> None:
-        released.append(not any(isinstance(each, Qwen2VL) for each in gc.get_objects()))
+    def load(*arguments) -> Engine:
+        engine = load_engine(*arguments)
+        models.append(weakref.ref(engine.model))
+        return engine
 
-    monkeypatch.setattr("umer1.device.release_memory", look)
+    monkeypatch.setattr("umer1.annotation.difficulty.load_engine", load)
+    monkeypatch.setattr("umer1.device.release_memory", lambda: alive.extend(model() is not None for model in models))
     found = Difficulty(ENGINE, RankRule(2, 0.5), MediaRoot(root)).ranks(samples)
-    assert released == [True], "a served teacher may need the model's memory"
+    assert alive == [False], "a served teacher may need the model's memory"
     expected = expected_ranks(root, samples)
     for (rank, pool), (low, high, size) in zip(found, expected, strict=True):
         assert low <= rank <= high and pool == size
