@@ -284,6 +284,24 @@ def test_a_refusal_before_the_whole_request_was_read():
         assert Client(config, None, threading.Event()).ask(b"x" * 10**7) == Refused("status 413: big")
 
 
+def test_interim_replies_are_passed_over_and_impossible_counts_are_none():
+    """A proxy's 102 or 103 was taken for a refusal, and the answer behind it for that to the next question."""
+    choice = {"message": {"content": "the first"}, "finish_reason": "stop"}
+    reply = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 10**400, "completion_tokens": 3}}).encode()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def be_slow() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n")
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(reply), reply))
+
+        threading.Thread(target=be_slow, daemon=True).start()
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        config = TeacherConfig(endpoint=address, teacher_model="toy", max_attempts=1)
+        assert Client(config, None, threading.Event()).ask(b"{}") == Answer("the first", None, "stop", 0, 3)
+
+
 @pytest.mark.parametrize("fate", [fate for fate in FAILURES if fate not in ("503", "429", "500")])
 def test_every_attempt_reaches_the_teacher(fate):
     """What is left of a reply that was no answer does not cost the next attempt."""
@@ -364,4 +382,12 @@ def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path):
     assert [file.name for file in files] == ["original-00000-of-00002.jsonl", "original-00001-of-00002.jsonl"]
     assert InputFile(**named, split="orig").files() == []
     (tmp_path / "more.jsonl").write_text("{}")
+    (tmp_path / "._more.jsonl").write_bytes(b"\0")
     assert len(InputFile(**named).files()) == 7
+
+
+def test_one_file_has_one_spelling(tmp_path):
+    """Pairs are told apart by their paths: a second spelling let a pair of the RL file into the SFT files."""
+    library = Library(MediaRoot(tmp_path), num_frames=2, folder="embedded")
+    spellings = [("mmeb", "./images//a.png"), ("./mmeb/", "images/a.png"), ("", "mmeb/./images/a.png")]
+    assert {library.image(path, folder) for folder, path in spellings} == {"mmeb/images/a.png"}

@@ -59,6 +59,18 @@ class _Retry(Exception):
         self.after = after
 
 
+class _Reply(http.client.HTTPResponse):
+    """Passes over interim replies (102, 103, ...), of which http.client knows 100 alone: it takes another one for the
+    answer, and the answer for that to the connection's next request."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()
+            if not 100 < status < 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
 class Client:
     """Asks one endpoint; to be used by many threads.
 
@@ -141,6 +153,7 @@ class Client:
             connection = kinds[self._address.scheme](
                 self._address.hostname, self._address.port, timeout=self.config.connect_timeout_seconds
             )
+            connection.response_class = _Reply
             self._local.connection = connection
         elif connection.sock is not None and _has_ended(connection.sock):
             connection.close()  # as servers do with one that is idle for some seconds; it opens anew
@@ -227,4 +240,5 @@ def _shown(content: bytes) -> str:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+    """Tokens; 0 for what cannot be their number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0

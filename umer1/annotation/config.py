@@ -43,9 +43,9 @@ class InputFile:
     target_text: str | None = None  # the same for the positive
 
     def files(self) -> list[Path]:
-        """The files in name order; empty when there are none."""
+        """The files in name order; empty when there are none.  Hidden ones in a folder, such as macOS's, are none."""
         path = Path(self.path)
-        there = path.iterdir() if path.is_dir() else [path]
+        there = (file for file in path.iterdir() if file.name[0] != ".") if path.is_dir() else [path]
         return sorted(file for file in there if self._is_mine(file) and file.is_file())
 
     def _is_mine(self, file: Path) -> bool:

@@ -95,7 +95,8 @@ class Library:
 def _below(folder: str, path: str) -> str:
     if path.startswith("/"):
         raise BadSample("path_escape", f"{path!r} is not a path relative to the data root")
-    return f"{folder.rstrip('/')}/{path}" if folder else path
+    # one spelling for one file: pairs are told apart by their paths
+    return "/".join(part for part in f"{folder}/{path}".split("/") if part not in ("", "."))
 
 
 def _is_frame(name: str) -> bool:
