@@ -7,7 +7,7 @@ positive is taken for the latter: with s the score of the pair's positive, a neg
     s - absolute_margin              (TopK-MarginPos)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ import torch
 from umer1.evaluation.topk import top_k
 from umer1.mining.config import MineConfig
 from umer1.mining.corpus import Corpus
+
+_LISTS_BYTES = 1 << 30  # of scores and places that are found before negatives are taken from them
+_BYTES_PER_CANDIDATE = 12  # float32 and int64
 
 
 @dataclass(slots=True)
@@ -63,13 +66,28 @@ def select(
         if not len(wanted):
             continue
         # right answers are passed over: as many candidates more
-        depth = config.top_k + max(len(right[query]) for query in wanted.tolist())
-        scores, found = top_k(queries[wanted], candidates[pool], depth, device=device, sum_in=torch.float64)
-        for row, place in zip(rows.tolist(), place_of.tolist(), strict=True):
-            _take(mined, row, scores[place], pool[found[place]], right[int(corpus.query_of[row])], config)
-        if progress is not None:
-            progress(len(rows))
+        depths = config.top_k + np.array([len(right[query]) for query in wanted.tolist()])
+        rows_of = np.split(rows[np.argsort(place_of, kind="stable")], np.cumsum(np.bincount(place_of))[:-1])
+        for part in _parts(depths, len(pool)):
+            depth = int(depths[part].max())
+            scores, found = top_k(queries[wanted[part]], candidates[pool], depth, device=device, sum_in=torch.float64)
+            for place, query in enumerate(part.tolist()):
+                for row in rows_of[query].tolist():
+                    _take(mined, row, scores[place], pool[found[place]], right[int(wanted[query])], config)
+                if progress is not None:
+                    progress(len(rows_of[query]))
     return mined
+
+
+def _parts(depths: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Queries whose lists, of `depths` [Q] and at most `most` candidates, are held at once; like depths together, so
+    that one query of ten thousand right answers does not make a million lists as long as its own."""
+    order = np.argsort(depths, kind="stable")
+    while len(order):
+        held = np.minimum(depths[order], most) * np.arange(1, len(order) + 1) * _BYTES_PER_CANDIDATE
+        count = max(1, int(np.searchsorted(held, _LISTS_BYTES, side="right")))
+        yield order[:count]
+        order = order[count:]
 
 
 def _products(queries: np.ndarray, candidates: np.ndarray, corpus: Corpus, block: int = 4096) -> np.ndarray:
