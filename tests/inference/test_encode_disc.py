@@ -96,3 +96,5 @@ def test_bad_inputs_stop_or_are_left_out(case, tmp_path, capsys):
         (9, "corrupt_image"),
     ]
     assert "3 of 9 inputs left out" in capsys.readouterr().err
+    encode((directory, path, states), tmp_path / "out.npz")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.npz"], "a list of what was left out of other embeddings"

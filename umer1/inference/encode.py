@@ -148,6 +148,8 @@ def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInp
             ids=np.array([item.id for item in encoded]),
             embeddings=np.stack([item.embedding for item in encoded]).astype(np.float32),
         )
+    if not bad:
+        bad_path(config.output).unlink(missing_ok=True)  # an earlier run's, whose embeddings these replace
     summary = [f"{len(encoded)} embeddings of {encoded[0].embedding.shape[-1]} numbers in {config.output}"]
     if config.mode == "gen":
         missing = sum(item.response["missing_gen_emb"] for item in encoded)
