@@ -1,17 +1,14 @@
 """examples/grpo.py as a program on a tiny model that does say `<gen_emb>` now and then: the ground of its tests."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from grpo_reference import Policy, write_rl_pairs
+from programs import GRPO, run_in_forks
 from safetensors.torch import load_file, save_file
 from tiny_qwen2_vl import make_tiny_directory
 
-ROOT = Path(__file__).resolve().parents[1]
 # What the logits of these tokens are on average; those of the others are 0 +- 1.
 FAVOURED = {"<gen_emb>": 3.0, "<|im_end|>": 2.5}
 
@@ -57,23 +54,12 @@ class Setting:
         return [*base, *more]
 
 
-def run_program(
-    processes: int, arguments: list[str], *, program: Path | None = None, timeout: float = 240, **variables
-):
-    """The finished process of examples/grpo.py (or a wrapper of it), under torchrun where it has several ranks."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(program or ROOT / "examples" / "grpo.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
-
-
-def succeed(processes: int, arguments: list[str], **settings) -> subprocess.CompletedProcess:
-    done = run_program(processes, arguments, **settings)
+def succeed(arguments: list[str], processes: int = 1, *, program: Path = GRPO, **settings) -> str:
+    """What examples/grpo.py (or a wrapper of it) printed, without a word of trouble."""
+    done = run_in_forks(program, arguments, processes, **settings)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
     assert "Traceback" not in done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
 def records(save: Path) -> list[dict]:

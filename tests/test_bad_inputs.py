@@ -9,11 +9,11 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
+from programs import ROOT, SFT, run_in_forks
 from sft_reference import SUFFIX, write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
@@ -21,7 +21,6 @@ from umer1.errors import UserError
 from umer1.training.config import SFTConfig
 from umer1.training.launch import read_command_line
 
-ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "examples" / "configs" / "mini_sft.yaml"
 
 
@@ -143,12 +142,6 @@ def test_model_directory(good, name, tmp_path):
         assert word in str(caught.value), f"{word!r} not in: {caught.value}"
 
 
-def program(arguments: list[str]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_sft.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-
-
 def assert_one_message(done: subprocess.CompletedProcess, *words: str) -> None:
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Traceback" not in done.stderr + done.stdout
@@ -170,14 +163,14 @@ FILES = {
 def test_data_file(good, name, tmp_path):
     text, words = FILES[name]
     (tmp_path / "train.json").write_text(text)
-    assert_one_message(program(flags(good, data=tmp_path / "train.json")), *words)
+    assert_one_message(run_in_forks(SFT, flags(good, data=tmp_path / "train.json")), *words)
 
 
 def test_weights_that_lack_a_tensor(good, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(good[0], model)
     drop_a_tensor(model / "model.safetensors")
-    assert_one_message(program(flags(good, model=model)), "down_proj")
+    assert_one_message(run_in_forks(SFT, flags(good, model=model)), "down_proj")
 
 
 def spoil_records(records: list[dict], folder: Path) -> dict[str, int]:
@@ -231,7 +224,7 @@ def test_bad_records_are_counted_listed_and_replaced(good, tmp_path):
     data.write_text(json.dumps(records))
     save = tmp_path / "run"
     more = ["--global-batch-size", "16", "--seq-length", "512", "--save", str(save)]
-    done = program(flags(good, *more, "--max-bad-sample-fraction", "1", data=data))
+    done = run_in_forks(SFT, flags(good, *more, "--max-bad-sample-fraction", "1", data=data))
     assert done.returncode == 0, done.stderr[-3000:]
     listed = [json.loads(line) for line in (save / "bad_samples.jsonl").read_text().splitlines()]
     counts: dict[str, int] = {}
@@ -241,5 +234,5 @@ def test_bad_records_are_counted_listed_and_replaced(good, tmp_path):
     assert sorted(entry["index"] for entry in listed) == list(range(sum(expected.values())))
     assert "samples were bad" in done.stdout
     shutil.rmtree(save)
-    stopped = program(flags(good, *more, "--max-bad-sample-fraction", "0.01", data=data))
+    stopped = run_in_forks(SFT, flags(good, *more, "--max-bad-sample-fraction", "0.01", data=data))
     assert_one_message(stopped, "max-bad-sample-fraction", "bad_samples.jsonl", "path_escape 4")

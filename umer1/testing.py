@@ -5,9 +5,11 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,9 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
     WORLD_SIZE are set and torch.distributed is initialised, so that `init_distributed` works as under torchrun.
     Raises RuntimeError with every failed rank's traceback, or after `timeout` seconds; no process is left behind.
     """
-    context = torch.multiprocessing.get_context("spawn" if device.has_cuda() else "forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    settings = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     work = pickle.dumps((fn, args))  # as results are, and a process that is forked gets no more than 256 open files
-    saved = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
     deadline = time.monotonic() + timeout
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, rank_context() as context:
         pipes, processes = [], []
         try:
             for rank in range(world_size):
@@ -79,8 +76,21 @@ def run_distributed(fn: Callable, world_size: int, *args: Any, timeout: float = 
                 if process.is_alive():
                     process.kill()
                     process.join()
-            for name, value in saved.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def rank_context() -> Iterator[BaseContext]:
+    """What starts the ranks' processes; they compute in one thread each, as this process's environment then says."""
+    context = torch.multiprocessing.get_context("spawn" if device.has_cuda() else "forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    settings = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    saved = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield context
+    finally:
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _collect(pipes: list, processes: list, deadline: float, timeout: float) -> list[Any]:

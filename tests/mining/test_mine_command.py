@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from programs import SFT, run_in_forks
 from sft_reference import Reference, write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
@@ -151,10 +152,9 @@ def test_training_reads_what_was_written(case, tmp_path):
             "--fp32",
         ]
     )
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_sft.py"), "--hf-model", str(model), "--fp32"]
-    command += ["--data-path", str(output), "--data-root", str(data.parent), "--save", str(tmp_path / "run")]
-    command += "--global-batch-size 8 --micro-batch-size 4 --train-iters 2".split()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags = ["--hf-model", str(model), "--fp32", "--save", str(tmp_path / "run"), "--data-path", str(output)]
+    flags += ["--data-root", str(data.parent), *"--global-batch-size 8 --micro-batch-size 4 --train-iters 2".split()]
+    done = run_in_forks(SFT, flags)
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]

@@ -4,11 +4,10 @@ What only files or the running program can show is run as a program.
 """
 
 import subprocess
-import sys
 
 import pytest
 from grpo_reference import write_rl_pairs
-from grpo_world import ROOT, run_program
+from programs import GRPO, ROOT, SFT, run_in_forks, run_program
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
@@ -176,21 +175,20 @@ def assert_one_message(done: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def test_the_program_says_all_of_it_once_and_in_no_time(good):
-    done = run_program(2, flags(good, "--top-k", "5", "--rewards", "[{name: fromat}]"), timeout=100)
+    done = run_program(GRPO, flags(good, "--top-k", "5", "--rewards", "[{name: fromat}]"), 2, timeout=100)
     assert_one_message(done, "2 problems", "top_k=5", "fromat")
 
 
 def test_an_sft_file_given_to_grpo(good):
-    assert_one_message(run_program(1, flags(good, "--data-path", str(good[2]))), "RL", "qry_text", "SFT")
+    assert_one_message(run_in_forks(GRPO, flags(good, "--data-path", str(good[2]))), "RL", "qry_text", "SFT")
 
 
 def test_an_sft_file_as_held_out_data(good):
-    assert_one_message(run_program(1, flags(good, "--eval-data-path", str(good[2]))), str(good[2]), "RL", "SFT")
+    assert_one_message(run_in_forks(GRPO, flags(good, "--eval-data-path", str(good[2]))), str(good[2]), "RL", "SFT")
 
 
 def test_an_rl_file_given_to_sft(good):
-    command = [sys.executable, str(ROOT / "examples" / "pretrain_sft.py"), "--hf-model", str(good[0]), "--data-path"]
-    command += [str(good[1]), "--global-batch-size", "8", "--train-iters", "1", "--fp32", "--seq-length", "512"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    arguments = ["--hf-model", str(good[0]), "--data-path", str(good[1]), "--global-batch-size", "8"]
+    done = run_in_forks(SFT, [*arguments, "--train-iters", "1", "--fp32", "--seq-length", "512"])
     assert done.returncode == 2 and done.stderr.count("pretrain_sft: error:") == 1 and "Traceback" not in done.stderr
     assert "RL" in done.stderr and "SFT" in done.stderr, done.stderr[-1500:]

@@ -5,14 +5,13 @@ and failed ones; prompts of text, one image, two images and a video.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from grpo_reference import SIDES, Settings, train, write_fixed_rollouts, write_rl_pairs
+from grpo_world import succeed
+from programs import ROOT
 from safetensors.torch import load_file
 from test_sft_parity import assert_same_weights
 from tiny_qwen2_vl import make_tiny_directory
@@ -56,17 +55,14 @@ OPTIONS = {
 
 
 def run_grpo(model: Path, data: Path, rollouts: Path, out: Path, processes: int, flags: str, steps: int = 1):
-    """The program under torchrun with the replaying engine; the exported tensors."""
-    program = Path(__file__).resolve().parents[1] / "replay_engine.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(program), str(rollouts), "--hf-model", str(model), "--data-path", str(data), "--fp32"]
-    command += f"--global-batch-size {PAIRS} --num-generations {GROUP} --train-iters {steps} --lr {LR}".split()
-    command += "--lr-decay-style constant --seq-length 512 --max-completion-length 64 --parity-threshold 100".split()
-    command += ["--save", str(out / "save"), "--export-hf", str(out / "hf"), "--log-rollouts", "1"]
-    command += ["--log-rollouts-prompts", str(PAIRS), *(flag.replace(":", ": ") for flag in flags.split())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    """The program with the replaying engine; the exported tensors."""
+    arguments = [str(rollouts), "--hf-model", str(model), "--data-path", str(data), "--fp32"]
+    arguments += f"--global-batch-size {PAIRS} --num-generations {GROUP} --train-iters {steps} --lr {LR}".split()
+    arguments += "--lr-decay-style constant --seq-length 512 --max-completion-length 64".split()
+    arguments += ["--parity-threshold", "100", "--log-rollouts", "1", "--log-rollouts-prompts", str(PAIRS)]
+    arguments += ["--save", str(out / "save"), "--export-hf", str(out / "hf")]
+    arguments += [flag.replace(":", ": ") for flag in flags.split()]
+    succeed(arguments, processes, program=ROOT / "tests" / "replay_engine.py")
     return load_file(out / "hf" / "model.safetensors")
 
 

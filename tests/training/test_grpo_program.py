@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from grpo_reference import FORMAT, SIDES, Policy, Settings, embedding_reward, train, write_fixed_rollouts
-from grpo_world import ROOT, Setting, records, rollouts, run_program, succeed
+from grpo_world import Setting, records, rollouts, succeed
+from programs import GRPO, ROOT, run_in_forks
 from safetensors.torch import load_file
 
 from umer1.testing import assert_close
@@ -41,7 +42,8 @@ def runs(setting, tmp_path_factory):
         if layout not in done:
             save, (processes, flags) = folder / layout, LAYOUTS[layout]
             more = ["--comparison-pairs", "2", "--eval-data-path", str(setting.heldout), "--save", str(save)]
-            out = succeed(processes, setting.flags(*more, "--export-hf", str(save / "hf"), *flags.split())).stdout
+            more += ["--export-hf", str(save / "hf"), *flags.split()]
+            out = succeed(setting.flags(*more), processes)
             done[layout] = save, out
         return done[layout]
 
@@ -190,7 +192,7 @@ def test_stop_at_gen_emb_temperature_workers_and_bad_samples(setting, tmp_path):
     for workers in ("1", "0"):
         saves.append(tmp_path / workers)
         arguments = setting.flags(*more, "--num-workers", workers, "--save", str(saves[-1]))
-        out = succeed(1 + int(workers), arguments).stdout
+        out = succeed(arguments, 1 + int(workers))
         assert "samples were bad" in out and "0 of" not in out.split("samples were bad")[0].splitlines()[-1]
         listed = {json.loads(line)["index"] for line in (saves[-1] / "bad_samples.jsonl").read_text().splitlines()}
         assert listed and listed <= {1, 2}
@@ -245,7 +247,7 @@ def own(tmp_path, monkeypatch):
 def test_a_reward_of_ones_own_and_trained_vision(setting, own, tmp_path):
     rewards = "[{name: 'own_reward:shortness', weight: 2.0}, {name: length, weight: 0.5}]"
     more = ["--rewards", rewards, "--train-vision", "--lr", "1e-3", "--export-hf", str(tmp_path / "hf")]
-    succeed(2, setting.flags(*more, "--save", str(tmp_path / "run")), **own)
+    succeed(setting.flags(*more, "--save", str(tmp_path / "run")), 2, **own)
     for completion in completions(tmp_path / "run", 1):
         length = len(completion["token_ids"])
         assert completion["rewards"]["own_reward:shortness"] == pytest.approx(1 / length)
@@ -256,7 +258,7 @@ def test_a_reward_of_ones_own_and_trained_vision(setting, own, tmp_path):
 
 
 def test_a_reward_of_the_wrong_shape_is_one_message(setting, own, tmp_path):
-    done = run_program(2, setting.flags("--rewards", "[{name: 'own_reward:too_short'}]"), **own)
+    done = run_in_forks(GRPO, setting.flags("--rewards", "[{name: 'own_reward:too_short'}]"), 2, **own)
     assert done.returncode != 0 and done.stderr.count("grpo: error:") == 1
     assert "shape (1,)" in done.stderr and "too_short" in done.stderr
     assert "GRPOTrainer" not in done.stderr, "no traceback"
@@ -274,7 +276,7 @@ def dynamic(setting, tmp_path_factory):
             more = ["--rewards", "[{name: 'own_reward:first_alone'}]", "--lr", "1e-3", "--save", str(save)]
             more += "--dynamic-sampling --dynamic-sampling-rounds 3 --mini-batches 1 --inner-epochs 2".split()
             arguments = setting.flags(*more, "--export-hf", str(save / "hf"), "--micro-batch-size", "4")
-            succeed(ranks, arguments, PYTHONPATH=str(folder))
+            succeed(arguments, ranks, PYTHONPATH=str(folder))
             done[ranks] = save, load_file(save / "hf" / "model.safetensors")
         return done[ranks]
 
@@ -299,7 +301,7 @@ def test_dynamic_sampling_is_the_same_at_any_number_of_ranks(setting, dynamic, r
 def replayed(setting, path, tmp_path, ranks: int, *more: str):
     """A run in which the responses of the file answer, and what it printed."""
     arguments = setting.flags("--parity-threshold", "100", "--max-completion-length", "64", *more)
-    return succeed(ranks, [str(path), *arguments], program=ROOT / "tests" / "replay_engine.py").stdout
+    return succeed([str(path), *arguments], ranks, program=ROOT / "tests" / "replay_engine.py")
 
 
 def spoilt(setting, path, spoil):

@@ -20,7 +20,8 @@ from tiny_qwen2_vl import make_tiny_directory
 from umer1.checkpoints import layout
 
 ROOT = Path(__file__).resolve().parents[2]
-ITERATIONS = 80
+ITERATIONS = 24
+MANY_KILLS = ("--train-iters", "80")  # of the run that is killed again and again
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def undisturbed(setting, tmp_path_factory):
     return folder
 
 
-def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
+def test_killed_at_twenty_random_moments(setting, tmp_path):
     """Half of the kills wait until a checkpoint is being written, in the step or in the background by turns.
 
     The delays are drawn anew in every run.
@@ -99,7 +100,7 @@ def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
     rng = random.Random(seed)
     kills = 0
     for attempt in range(20):
-        process = start(setting, tmp_path, *(["--async-save"] if attempt % 4 > 1 else []))
+        process = start(setting, tmp_path, *MANY_KILLS, *(["--async-save"] if attempt % 4 > 1 else []))
         for _ in range(rng.randint(1, 4)):
             wait_for(process, "elapsed time")
         if attempt % 2:
@@ -115,8 +116,10 @@ def test_killed_at_twenty_random_moments(setting, undisturbed, tmp_path):
         kills += 1
     print(f"{kills} kills")
     assert kills >= 10, "the run ended before it could be disturbed; make it longer"
-    out = finish(start(setting, tmp_path, "--async-save"))
+    out = finish(start(setting, tmp_path, *MANY_KILLS, "--async-save"))
     assert "resumed at iteration" in out
+    undisturbed = tmp_path / "undisturbed"
+    finish(start(setting, undisturbed, *MANY_KILLS))
     assert_identical(tmp_path, undisturbed)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for name in ("seconds_save", "seconds_save_background"):

@@ -1,20 +1,17 @@
 """Three AdamW steps of the real program, exported, against plain transformers, in every layout (issue: "Shows").
 
-Each case runs examples/pretrain_sft.py under torchrun as a user would and reads the exported directory.
+Each case runs examples/pretrain_sft.py as a program of several ranks and reads the exported directory.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import SFT, run_in_forks
 from safetensors.torch import load_file
 from sft_reference import train, write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, LR, CLIP = 3, 1e-3, 1.0
 
 # name: (processes, flags)
@@ -55,21 +52,13 @@ LAYOUTS = {
 FEW = ("dp2-mb1", "tp2-sp-mb2", "pp2-mb2")
 
 
-def run_program(processes: int, arguments: list[str], timeout: int = 300) -> subprocess.CompletedProcess:
-    """examples/pretrain_sft.py under torchrun."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "examples" / "pretrain_sft.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
-
-
 def run_sft(model: Path, data: Path, out: Path, processes: int, flags: str) -> dict[str, torch.Tensor]:
     """Train and export; the exported tensors under transformers' names."""
     arguments = ["--hf-model", str(model), "--data-path", str(data), "--data-root", str(data.parent), "--fp32"]
     arguments += f"--global-batch-size 8 --train-iters {STEPS} --lr {LR} --lr-decay-style constant".split()
     arguments += f"--lr-warmup-iters 0 --weight-decay 0 --clip-grad {CLIP} --contrastive-temperature 0.02".split()
     arguments += ["--export-hf", str(out), "--seed", "1", *flags.split()]
-    done = run_program(processes, arguments)
+    done = run_in_forks(SFT, arguments, processes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return load_file(out / "model.safetensors")
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from programs import SFT, run_in_forks, run_program
 from safetensors.torch import load_file
 from sft_reference import write_pairs
-from test_sft_parity import run_program
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.testing import assert_close
@@ -31,7 +31,7 @@ def records(save) -> list[dict]:
 
 def test_a_run_in_bf16_learns_and_leaves_its_record(good, tmp_path):
     save = tmp_path / "run"
-    done = run_program(1, arguments(good, "--bf16", "--train-iters", "12", "--save", str(save)))
+    done = run_in_forks(SFT, arguments(good, "--bf16", "--train-iters", "12", "--save", str(save)))
     assert done.returncode == 0, done.stderr[-3000:]
     found = records(save)
     assert [record["iteration"] for record in found] == list(range(1, 13))
@@ -42,7 +42,7 @@ def test_a_run_in_bf16_learns_and_leaves_its_record(good, tmp_path):
     assert "negatives per query  7 " in done.stdout and "iteration        1/      12 | consumed samples:" in done.stdout
     for name in ("config.yaml", "training.png", "tensorboard", "iter_0000012", "latest_checkpointed_iteration.txt"):
         assert (save / name).exists(), name
-    again = run_program(1, arguments(good, "--bf16", "--train-iters", "13", "--save", str(save)))
+    again = run_in_forks(SFT, arguments(good, "--bf16", "--train-iters", "13", "--save", str(save)))
     assert "resumed at iteration 12" in again.stdout and len(records(save)) == 13
 
 
@@ -55,7 +55,7 @@ def test_a_learnt_temperature_is_the_same_in_every_layout(good, tmp_path):
         save, out = tmp_path / name, tmp_path / f"{name}-hf"
         more = ["--fp32", "--learnable-temperature", "--contrastive-temperature", "0.05", "--save", str(save)]
         more += ["--export-hf", str(out), "--micro-batch-size", *flags.split()]
-        done = run_program(processes, arguments(good, *more))
+        done = run_in_forks(SFT, arguments(good, *more), processes)
         assert done.returncode == 0, done.stderr[-3000:]
         temperatures[name] = [record["temperature"] for record in records(save)]
         weights[name] = load_file(out / "model.safetensors")["model.norm.weight"]
@@ -69,7 +69,7 @@ def test_non_finite_steps_are_skipped_on_all_ranks_and_end_the_run(good, tmp_pat
     """A step so large that the weights overflow: every later loss is non-finite."""
     save = tmp_path / "run"
     more = ["--fp32", "--lr", "1e30", "--train-iters", "20", "--max-consecutive-skips", "3", "--save", str(save)]
-    done = run_program(2, arguments(good, *more))
+    done = run_program(SFT, arguments(good, *more), 2)
     assert done.returncode != 0
     assert done.stderr.count("pretrain_sft: error:") == 1 and "3 steps in a row" in done.stderr
     found = records(save)
@@ -78,6 +78,6 @@ def test_non_finite_steps_are_skipped_on_all_ranks_and_end_the_run(good, tmp_pat
 
 
 def test_dume_needs_no_responses_and_no_cross_entropy(good, tmp_path):
-    done = run_program(2, arguments(good, "--fp32", "--variant", "dume", "--overlap-grad-reduce"))
+    done = run_in_forks(SFT, arguments(good, "--fp32", "--variant", "dume", "--overlap-grad-reduce"), 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "disc nce" in done.stdout and "gen nce" not in done.stdout and "ce query" not in done.stdout
