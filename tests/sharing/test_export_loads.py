@@ -134,6 +134,9 @@ def test_the_prompt_is_the_methods_up_to_disc_emb(shared, sentence_model):
     shown = HFDirectory.open(shared).tokenizer.decode(ids, skip_special_tokens=False)
     head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert shown == head + user_text(text).split("<disc_emb>")[0] + "<disc_emb>"
+    address = "data:image/png;base64,AAAA"  # as a bare string sentence-transformers would open it
+    ids = sentence_model.preprocess([{"text": address}])["input_ids"][0].tolist()
+    assert HFDirectory.open(shared).tokenizer.decode(ids).endswith(f"{address}\n<disc_emb>")
 
 
 def test_the_cards_examples_run(shared, media, capsys, monkeypatch):

@@ -43,7 +43,8 @@ print(model.similarity(embeddings, embeddings))
 ```
 
 A picture is a path, a URL or a PIL image: `model.encode([{{"image": picture, "text": "Which breed is this?"}}])`. A
-video is a list of frames under `"video"`. An instruction stands in front of the text; it may be given as `prompt=`.
+video is a list of frames under `"video"`. A bare string that is a picture's URL or path is fetched as one: give texts
+that you did not write as `{{"text": text}}`. An instruction stands in front of the text; it may be given as `prompt=`.
 This is disc mode: one pass over the input.
 
 Gen mode reasons first and embeds the result, which takes longer:
