@@ -5,12 +5,16 @@ import importlib.util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"errors", "files", "atomic_directory", "configuration", "device", "progress", "processes", "__version__"}
+BASE = {
+    *("errors", "files", "paths", "atomic_directory", "configuration", "device", "progress", "processes"),
+    "__version__",
+}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "atomic_directory": {"files", "errors"},
-    "configuration": {"errors"},
+    "paths": set(),
+    "configuration": {"errors", "paths"},
     "device": set(),
     "progress": set(),
     "processes": set(),

@@ -62,6 +62,11 @@ CONFIGURATIONS = {
         f"{flag} that the system refuses": (f"--{flag} {'x' * 300}", 1, ["xxx cannot be looked at: File name too long"])
         for flag in ("load", "data-path", "data-root", "hf-model", "export-hf")
     },
+    "all that the system refuses, beside others": (
+        " ".join(f"--{flag} {'x' * 300}" for flag in ("save", "data-path", "data-root", "export-hf")) + " --lr -1",
+        1,
+        ["5 problems", "save=xxx", "data_path=xxx", "data_root=xxx", "- xxx", "lr=-1.0"],
+    ),
     "data root is no directory": ("--data-root nowhere", 1, ["data_root=nowhere"]),
     "uncached with budgets": (
         "--no-cached-contrastive --max-tokens-per-micro-batch 99",

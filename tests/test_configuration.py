@@ -128,6 +128,14 @@ def test_unreadable_yaml_is_one_message(tmp_path, text):
         load_config(Config, ["--config", "nowhere.yaml"])
 
 
+def test_a_nul_character_is_said_before_a_path_is_made_of_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text('hf_model: "a\\0b"\nlr: -1\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, ["--config", str(path)])
+    assert caught.value.violations == ["hf_model='a\\x00b' must not hold a NUL character", "lr=-1.0 must be above 0"]
+
+
 @dataclass(kw_only=True, slots=True)
 class Choices:
     """Which of few"""

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from umer1.errors import ConfigError, UserError
+from umer1.paths import cannot_be_looked_at
 
 C = TypeVar("C")
 
@@ -102,7 +103,7 @@ def convert(name: str, value: Any, wanted: Any) -> Any:
             raise ValueError(f"{name}={value!r} must be text")
         if not str(value).strip():  # an unset shell variable must not mean the default
             raise ValueError(f"{name} must not be empty")
-        return str(value)
+        return _without_nul(name, str(value))
     raise AssertionError(f"{name}: no rule for {wanted}")
 
 
@@ -118,7 +119,14 @@ def _convert_words(name: str, value: Any) -> list[str] | None:
     words = value if isinstance(value, list) else [value]
     if not words or any(isinstance(word, (dict, list, type(None))) or not str(word).strip() for word in words):
         raise ValueError(f"{name}={value!r} must be a word or a list of words, none of them empty")
-    return [str(word) for word in words]
+    return [_without_nul(name, str(word)) for word in words]
+
+
+def _without_nul(name: str, text: str) -> str:
+    """YAML can spell the one character that no path and no argument of a program may hold."""
+    if "\0" in text:
+        raise ValueError(f"{name}={text!r} must not hold a NUL character")
+    return text
 
 
 def _convert_list(name: str, value: Any, item: type) -> list:
@@ -293,11 +301,11 @@ def load_config(
 
 
 def _broken(rules: Callable[[], list[str]]) -> list[str]:
-    """What they say; a path that the system refuses to look at, in a closed folder for example, is a problem too."""
+    """What they say; what the system refused to a rule that expected no refusal is a problem too."""
     try:
         return rules()
     except OSError as error:
-        return [f"{error.filename or 'a path'} cannot be looked at: {error.strerror or error}"]
+        return [cannot_be_looked_at(error.filename or "a path", error)]
 
 
 def to_yaml(config: Any) -> str:

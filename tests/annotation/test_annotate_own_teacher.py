@@ -114,7 +114,7 @@ def test_settings_that_do_not_fit_together(tmp_path):
     inputs = write_world(tmp_path, mmeb=1)[:1]
     with pytest.raises(ConfigError) as caught:
         main(flags(tmp_path, inputs, "http://localhost:1/v1", "--serve-teacher", "--vllm-arguments", "'open"))
-    for text in ("leave out --endpoint", "teacher_model='toy' is not a directory", "No closing quotation"):
+    for text in ("leave out --endpoint", "teacher_model=toy is not a directory", "No closing quotation"):
         assert text in str(caught.value)
 
 

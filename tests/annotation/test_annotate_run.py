@@ -113,6 +113,20 @@ def test_rl_pairs_of_a_trained_model_are_not_of_its_sft_files(world):
     assert len(kept) == 12 and len(chosen) == 6 and chosen < kept
 
 
+def test_all_settings_that_name_no_place_are_said_at_once(world):
+    root, inputs = world
+    (root / "out").mkdir()
+    (root / "out" / "dataset").symlink_to(root / "elsewhere")
+    refused = str(root / ("x" * 300))
+    more = ["--data-root", refused, "--tokenizer", refused, "--rl-from", refused, "--rl-pairs", "-1"]
+    with pytest.raises(ConfigError) as caught:
+        main(flags(root, [*inputs, inputs[0] | {"path": refused}], "http://localhost:1/v1", *more))
+    problems = caught.value.violations
+    assert sum("x cannot be looked at: File name too long" in problem for problem in problems) == 4, problems
+    wanted = ["rl_pairs=-1", "symbolic link dataset", "inputs[3].path=", "data_root=", "tokenizer=", "rl_from="]
+    assert len(problems) == len(wanted) and all(any(word in problem for problem in problems) for word in wanted)
+
+
 def turn(record: dict, side: str, place: int = 0) -> str:
     return record[side]["conversations"][place]["value"]
 

@@ -10,6 +10,7 @@ from tiny_qwen2_vl import make_tiny_directory
 from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.models.qwen2_vl.export import destination_problem
 from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import (
     export_hf,
@@ -221,6 +222,10 @@ def test_export_replaces_only_its_own(tmp_path):
     with pytest.raises(UserError, match="is no earlier export"):
         round_trip(path, {}, mine)
     assert (mine / "thesis.txt").read_text() == "precious"
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    assert "is a symbolic link" in destination_problem(link)
+    link.unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out", "tiny"]  # nothing left behind
 
 

@@ -1,6 +1,7 @@
 """What `umer1 annotate` is told: inputs and output, and what the teacher's answers are judged by."""
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 from umer1.annotation.teacher_config import TeacherConfig
 from umer1.distributed.parallel import launched_world_size
 from umer1.inference.engine import EngineConfig
+from umer1.paths import cannot_be_looked_at, data_root_problems, path_problems, same_place
 
 MODALITIES = ("image", "video", "document")
 MODALITY_OF_LAYOUT = {
@@ -21,6 +23,8 @@ MODALITY_OF_LAYOUT = {
 }
 SUFFIXES = (".parquet", ".jsonl", ".json")
 DATASET_FOLDER = "dataset"  # of the output
+# The finished files are put together beside that name, in the same file system, and take it in one step.
+_NO_LINK = f"holds a symbolic link {DATASET_FOLDER}, which finished files cannot replace; make the output the link"
 _SPLIT = re.compile(r"(.+?)-[0-9]{5}-of-[0-9]{5}")  # how the files of a published data set are named
 
 
@@ -101,12 +105,13 @@ class AnnotateConfig:
         if not 0 < self.rl_max_rank_share <= 1:
             found.append(f"rl_max_rank_share={self.rl_max_rank_share} must be above 0 and at most 1")
         found += self._rl_from_violations()
-        if self.data_root and not Path(self.data_root).is_dir():
-            found.append(f"data_root={self.data_root!r} is not a directory; give the folder that media paths start at")
-        if self.tokenizer and not (Path(self.tokenizer) / "tokenizer.json").is_file():
-            found.append(f"tokenizer={self.tokenizer!r} holds no tokenizer.json; give the model's directory")
-        if self.output and Path(self.output).exists() and not Path(self.output).is_dir():
-            found.append(f"output={self.output!r} is not a directory")
+        found += data_root_problems(self.data_root)
+        rule = "holds no tokenizer.json; give the model's directory"
+        found += path_problems("tokenizer", self.tokenizer, lambda path: (path / "tokenizer.json").is_file(), rule)
+        rule = "is not a directory"
+        found += path_problems("output", self.output, lambda path: path.is_dir() or not path.exists(), rule) or (
+            path_problems("output", self.output, lambda path: not (path / DATASET_FOLDER).is_symlink(), _NO_LINK)
+        )
         folders = {"embedded_folder": self.embedded_folder}
         folders |= {f"inputs[{i}].media_folder": item.media_folder for i, item in enumerate(self.inputs)}
         for name, folder in folders.items():
@@ -117,12 +122,11 @@ class AnnotateConfig:
     def _rl_from_violations(self) -> list[str]:
         if not self.rl_from:
             return []
-        found = []
-        if not Path(self.rl_from).is_file():
-            found.append(f"rl_from={self.rl_from!r} is not a file; give rl.jsonl of an earlier run")
+        found = path_problems("rl_from", self.rl_from, Path.is_file, "is not a file; give rl.jsonl of an earlier run")
         if not self.rl_pairs:
             found.append(f"rl_from={self.rl_from!r} says among which pairs RL's are chosen; --rl-pairs says how many")
-        if self.output and Path(self.rl_from).resolve().parent == (Path(self.output) / DATASET_FOLDER).resolve():
+        replaced = self.output and Path(self.output) / DATASET_FOLDER
+        if replaced and same_place(Path(os.path.realpath(self.rl_from)).parent, replaced):
             found.append(f"rl_from={self.rl_from!r} will be replaced by this run's; copy it to another folder first")
         return found
 
@@ -134,9 +138,11 @@ def _split_of(file: Path) -> str | None:
 
 
 def _input_violations(place: int, item: InputFile) -> list[str]:
-    files = item.files()
-    found = []
-    if not files:
+    try:
+        files, found = item.files(), []
+    except OSError as error:
+        files, found = [], [cannot_be_looked_at(f"inputs[{place}].path={item.path}", error)]
+    if not files and not found:
         of_split = f" of the split {item.split!r}" if item.split else ""
         found.append(
             f"inputs[{place}].path={item.path!r} is no {', '.join(SUFFIXES)} file{of_split} and no folder of some"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from umer1.paths import path_problems
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 
 TEACHER_PROMPT = (
@@ -111,8 +112,8 @@ class TeacherConfig:
         found = []
         if self.endpoint or self.api_key_env:
             found.append("serve_teacher starts an endpoint of its own; leave out --endpoint and --api-key-env")
-        if self.teacher_model and not Path(self.teacher_model).is_dir():
-            found.append(f"teacher_model={self.teacher_model!r} is not a directory, which --serve-teacher needs")
+        rule = "is not a directory, which --serve-teacher needs"
+        found += path_problems("teacher_model", self.teacher_model, Path.is_dir, rule)
         if not has_vllm():
             found.append(f"serve_teacher needs vLLM: {how_to_install()}")
         try:

@@ -22,6 +22,7 @@ from typing import Any
 
 from umer1.atomic_directory import aside_path, publish, remove
 from umer1.files import write_json, write_text
+from umer1.paths import cannot_be_looked_at
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,10 @@ def sound_iterations(save: str | Path) -> list[int]:
 def place_problem(save: str | Path) -> str | None:
     """Why nothing could be saved under `save`, or None; for checks before a run, as it makes nothing."""
     path = Path(save).absolute()
-    nearest = next(place for place in (path, *path.parents) if place.exists())
+    try:
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:
+        return cannot_be_looked_at(f"save={save}", error)
     if not nearest.is_dir():
         return f"save={save} cannot be a directory: {nearest} is a file"
     if not os.access(nearest, os.W_OK | os.X_OK):

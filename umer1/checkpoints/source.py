@@ -13,6 +13,7 @@ from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import load_hf, stored_dtype, unwrap
+from umer1.paths import cannot_be_looked_at
 
 ASSETS = "hf"  # folder of a checkpoint with config.json, tokenizer and processor settings
 
@@ -24,8 +25,11 @@ def open_model(path: str | Path) -> HFDirectory:
     Raises UserError when `path` is none of the three forms, or when every checkpoint in it is damaged.
     """
     path = Path(path)
-    if not is_checkpoint_place(path):
-        return HFDirectory.open(path)
+    try:
+        if not is_checkpoint_place(path):
+            return HFDirectory.open(path)
+    except OSError as error:
+        raise UserError(cannot_be_looked_at(path, error)) from None
     problems = []
     for checkpoint in layout.newest_first(path):
         try:

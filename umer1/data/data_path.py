@@ -1,9 +1,12 @@
 """`--data-path`: one file, several, or several with weights, as Megatron writes them."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from umer1.paths import path_problems
 
 _FORMS = "give PATH, PATH PATH ..., or WEIGHT PATH WEIGHT PATH ..."
 
@@ -38,12 +41,9 @@ def data_files(words: Iterable[str]) -> list[DataFile]:
         for file in found
         if file.weight is not None and not 0 < file.weight < math.inf
     ]
-    problems += [
-        f"data_path={file.path} does not exist; give a JSON list or JSONL file of pairs"
-        for file in found
-        if not file.path.exists()
-    ]
-    places = [file.path.resolve() for file in found]
+    rule = "does not exist; give a JSON list or JSONL file of pairs"
+    problems += [problem for file in found for problem in path_problems("data_path", file.path, Path.exists, rule)]
+    places = [os.path.realpath(file.path) for file in found]
     twice = {str(file.path) for file, place in zip(found, places, strict=True) if places.count(place) > 1}
     problems += [f"data_path names {path} more than once; give it one weight" for path in sorted(twice)]
     if problems:

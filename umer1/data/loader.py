@@ -27,6 +27,7 @@ from umer1.data.sampler import BlockSampler
 from umer1.data.schema import EncodedPair, PromptPair
 from umer1.data.vision import DecodeWork
 from umer1.files import dispensable
+from umer1.paths import data_root_problems
 from umer1.processes import end_with_parent
 
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
@@ -102,8 +103,7 @@ class DataConfig:
                 data_files(self.data_path)
             except ValueError as error:
                 found += error.args
-        if self.data_root is not None and not Path(self.data_root).is_dir():
-            found.append(f"data_root={self.data_root} is not a directory; give the folder that media paths start at")
+        found += data_root_problems(self.data_root)
         if self.data_root is not None and self.data_path is None:
             found.append("data_root is given without data_path; give both")
         if dp_size is not None and dp_size >= 1 and self.global_batch_size % dp_size:

@@ -26,6 +26,7 @@ from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import bad_inputs_message, read_inputs
 from umer1.inference.planning import plan_batches
 from umer1.inference.runner import BadInput, Encoded, Runner, inspect_together
+from umer1.paths import path_problems, same_place
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,13 +50,13 @@ class EncodeConfig:
         found = [f"--{name} is required" for name in ("input", "output") if not getattr(self, name)]
         if self.output and not self.output.endswith(".npz"):
             found.append(f"output={self.output!r} must end in .npz")
-        elif self.output and Path(self.output).is_dir():
-            found.append(f"output={self.output!r} is a directory; name a file")
+        else:
+            found += path_problems("output", self.output, lambda path: not path.is_dir(), "is a directory; name a file")
         if self.num_workers < 1:
             found.append(f"num_workers={self.num_workers} must be 1 or above")
         if self.input and self.output:
             for path in (responses_path(self.output), bad_path(self.output)):
-                if path.resolve() == Path(self.input).resolve():
+                if same_place(path, self.input):
                     found.append(f"output={self.output!r} would write {path} over the input; choose another name")
         return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from umer1.inference.engine import EngineConfig
+from umer1.paths import data_root_problems, path_problems, same_place
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,13 +53,11 @@ class MineConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 found.append(f"{name}={value} must be 0 or above, or none")
-        if self.input and not Path(self.input).is_file():
-            found.append(f"input={self.input} is not a file; give a JSON list or JSONL of SFT pairs")
-        if self.data_root is not None and not Path(self.data_root).is_dir():
-            found.append(f"data_root={self.data_root} is not a directory; give the folder that media paths start at")
-        if self.output and Path(self.output).is_dir():
-            found.append(f"output={self.output} is a directory; name a file")
-        if self.input and self.output and Path(self.input).resolve() == Path(self.output).resolve():
+        rule = "is not a file; give a JSON list or JSONL of SFT pairs"
+        found += path_problems("input", self.input, Path.is_file, rule)
+        found += data_root_problems(self.data_root)
+        found += path_problems("output", self.output, lambda path: not path.is_dir(), "is a directory; name a file")
+        if self.input and self.output and same_place(self.input, self.output):
             found.append(f"output={self.output} is the input; name another file")
         return found
 

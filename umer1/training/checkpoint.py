@@ -25,6 +25,7 @@ from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory, asset_texts
 from umer1.models.qwen2_vl.weights import agree
+from umer1.paths import path_problems
 from umer1.training.background import Background
 from umer1.training.rng import set_rng_state
 from umer1.training.snapshot import (
@@ -83,8 +84,8 @@ class CheckpointConfig:
             problems.append("finetune needs --load, the directory whose weights are taken")
         if self.save and (problem := directories.place_problem(self.save)):
             problems.append(problem)
-        if self._loads_from_elsewhere and not Path(self.load).is_dir():
-            problems.append(f"load={self.load} is not a directory")
+        if self._loads_from_elsewhere:
+            problems += path_problems("load", self.load, Path.is_dir, "is not a directory")
         return problems
 
     @property

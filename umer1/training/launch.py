@@ -14,6 +14,7 @@ from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, launched_world_size
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.paths import cannot_be_looked_at, path_problems
 from umer1.training.config import SFTConfig
 from umer1.training.engines import engine_violations
 from umer1.training.policy_config import GRPOConfig
@@ -62,6 +63,8 @@ def program_violations(
         opened.append(open_directory(config, weights=weights))
     except UserError as error:
         problems += [str(error)] if str(error) not in problems else []
+    except OSError as error:
+        problems.append(cannot_be_looked_at(error.filename or config.model.source, error))
     model = opened[0].config if opened else None
     if isinstance(config, GRPOConfig):
         problems += engine_violations(config, model)
@@ -75,8 +78,9 @@ def open_directory(config: Any, *, weights: bool = True) -> HFDirectory:
     load = config.checkpoint.load
     if config.model.hf_model is not None or load is None:
         return HFDirectory.open(config.model.source, weights=weights)
-    if not is_checkpoint_place(Path(load)):
-        raise UserError(f"load={load} holds no checkpoint (no iter_* directory); give --hf-model to start from")
+    rule = "holds no checkpoint (no iter_* directory); give --hf-model to start from"
+    if problems := path_problems("load", load, is_checkpoint_place, rule):
+        raise UserError(problems[0])
     return open_model(load)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.paths import path_problems
 from umer1.rl.config import RolloutConfig
 from umer1.rl.scoring import RewardConfig
 from umer1.training.config import StageConfig
@@ -67,10 +68,9 @@ class HeldoutConfig:
             found.append(f"eval_interval={self.eval_interval} must be 1 or above")
         if self.eval_data_root is not None and self.eval_data_path is None:
             found.append("eval_data_root is given without eval_data_path; give both")
-        if self.eval_data_path is not None and not Path(self.eval_data_path).exists():
-            found.append(f"eval_data_path={self.eval_data_path} does not exist; give a file of pairs in the RL format")
-        if self.eval_data_root is not None and not Path(self.eval_data_root).is_dir():
-            found.append(f"eval_data_root={self.eval_data_root} is not a directory")
+        rule = "does not exist; give a file of pairs in the RL format"
+        found += path_problems("eval_data_path", self.eval_data_path, Path.exists, rule)
+        found += path_problems("eval_data_root", self.eval_data_root, Path.is_dir, "is not a directory")
         return found
 
 

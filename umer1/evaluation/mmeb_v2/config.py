@@ -7,6 +7,7 @@ from typing import Literal
 from umer1.evaluation.adaptive import AdaptiveRule
 from umer1.inference.engine import EngineConfig
 from umer1.inference.generate import GenerationConfig
+from umer1.paths import path_problems, same_place
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 
 Mode = Literal["disc", "gen"]
@@ -73,14 +74,12 @@ class MMEBConfig:
         if not self.data_root and not self.from_reference:
             found.append("--data-root is required")
         for name in ("data_root", "stored", "from_reference"):
-            path = getattr(self, name)
-            if path and not Path(path).is_dir():
-                found.append(f"{name}={path!r} is not a directory")
+            found += path_problems(name, getattr(self, name), Path.is_dir, "is not a directory")
         for name in ("save_every", "num_workers"):
             if getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must be 1 or above")
         source = self.stored or self.from_reference
-        if source and self.output and Path(source).resolve() == Path(self.output).resolve():
+        if source and self.output and same_place(source, self.output):
             found.append(f"output={self.output!r} is what is scored; name another directory for its results")
         if self.max_queries is not None and self.max_queries < 1:
             found.append(f"max_queries={self.max_queries} must be 1 or above")

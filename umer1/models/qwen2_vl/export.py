@@ -14,6 +14,7 @@ from umer1.files import write_json, write_text
 from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
 from umer1.models.qwen2_vl.safetensors_index import INDEX_NAME, SINGLE_NAME
 from umer1.models.qwen2_vl.weight_table import hf_shapes
+from umer1.paths import cannot_be_looked_at
 
 MARKER = "umer1_export.json"  # a directory that holds it was written here and may be replaced
 MAX_SHARD_BYTES = 5 << 30
@@ -22,13 +23,18 @@ MAX_SHARD_BYTES = 5 << 30
 def destination_problem(destination: str | Path) -> str | None:
     """Why `destination` may not be written, or None; for checks before a long run, too."""
     path = Path(destination)
-    if path.exists() and not path.is_dir():
-        return f"{path} is a file; the export needs a directory."
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        return f"{path} cannot be written: {nearest} is not a directory that may be written to."
-    if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
-        return f"{path} is not empty and is no earlier export of umer1; name another directory or empty this one."
+    try:
+        if path.is_symlink():
+            return f"{path} is a symbolic link, which the export cannot replace; name the directory that it leads to."
+        if path.exists() and not path.is_dir():
+            return f"{path} is a file; the export needs a directory."
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            return f"{path} cannot be written: {nearest} is not a directory that may be written to."
+        if path.is_dir() and any(path.iterdir()) and not (path / MARKER).is_file():
+            return f"{path} is not empty and is no earlier export of umer1; name another directory or empty this one."
+    except OSError as error:
+        return cannot_be_looked_at(path, error)
     return None
 
 
