@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from umer1.optional_te import load_fault
+
 
 @cache
 def has_cuda() -> bool:
@@ -25,10 +27,15 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
+def te_obstacle() -> str | None:
+    """Why Transformer Engine's layers cannot be used; None where they can."""
+    return load_fault() if has_cuda() else "there is no CUDA device"
+
+
 @cache
 def has_te() -> bool:
-    """Whether Transformer Engine's layers can be used: a CUDA device and the package."""
-    return has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    """Whether Transformer Engine's layers can be used: a CUDA device and the package, which loads."""
+    return te_obstacle() is None
 
 
 @cache

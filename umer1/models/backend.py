@@ -7,6 +7,7 @@ TransformerConfig that only the layers of `get_gpt_layer_with_transformer_engine
 
 import copy
 import functools
+import logging
 from typing import Literal
 
 import torch
@@ -21,8 +22,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from umer1 import device as devices
+from umer1.distributed.parallel import launched_rank
 from umer1.errors import UserError
 from umer1.models.attention import PackedCoreAttention
+
+logger = logging.getLogger(__name__)
 
 CoreAttentionName = Literal["auto", "sdpa", "te"]
 
@@ -77,12 +81,23 @@ def uses_te_layers(dtype: torch.dtype) -> bool:
     return devices.has_te() and dtype != torch.float32
 
 
+def _obstacle() -> str:
+    obstacle = devices.te_obstacle()
+    return f" ({obstacle})" if obstacle else ""
+
+
+@functools.cache
+def _tell_local(obstacle: str) -> None:
+    if launched_rank() == 0:
+        logger.warning("megatron-core's own layers in place of Transformer Engine's: %s", obstacle)
+
+
 def uses_te_attention(core_attention: CoreAttentionName, dtype: torch.dtype) -> bool:
     """Whether the attention kernel is Transformer Engine's.  Raises UserError when it is asked for and can't be."""
     if core_attention == "te" and not uses_te_layers(dtype):
         raise UserError(
             f"core_attention=te needs a CUDA device, the package transformer_engine and weights of 16 bits, these are "
-            f"{dtype}; use auto or sdpa"
+            f"{dtype}{_obstacle()}; use auto or sdpa"
         )
     return core_attention != "sdpa" and uses_te_layers(dtype)
 
@@ -93,7 +108,7 @@ def gradient_fusion_violations(asked: bool, dtype: torch.dtype) -> list[str]:
         return []
     return [
         "gradient_accumulation_fusion needs a CUDA device with the package transformer_engine and bf16 weights, or "
-        "with apex built with --cuda_ext; leave it away"
+        f"with apex built with --cuda_ext{_obstacle()}; leave it away"
     ]
 
 
@@ -111,6 +126,8 @@ def block_submodules(
     """`num_layers` equal layers for megatron's TransformerBlock, and the norm after them if `final_norm`."""
     rms = config.normalization == "RMSNorm"
     norm = RMSNorm if rms else LayerNorm
+    if devices.has_cuda() and not devices.has_te() and config.params_dtype != torch.float32:
+        _tell_local(devices.te_obstacle())
     spec = _te_layer() if uses_te_layers(config.params_dtype) else _local_layer(norm, config.normalization)
     attention = spec.submodules.self_attention
     attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}

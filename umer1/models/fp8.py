@@ -93,7 +93,7 @@ class FP8Config:
             return ["fp8_format needs a CUDA device; this process has none"]
         found = []
         if not device.has_te():
-            found.append("fp8_format needs the package transformer_engine")
+            found.append(f"fp8_format needs the package transformer_engine: {device.te_obstacle()}")
         elif not is_te_min_version(self._least_version()):
             found.append(
                 f"fp8_recipe={self.fp8_recipe}{' with fp8_param_gather' if self.fp8_param_gather else ''} needs "
