@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from data_tools import tiny_directory, write_picture, write_records
 from teacher_server import FAILURES, Teacher, good_text
+from tokenizers import Tokenizer
 
 from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
 from umer1.annotation.ask import Asker, Question
@@ -67,16 +68,27 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_answer(name):
     given, expected = FORMS[name]
-    got = AnswerFilter.open(FilterConfig(strip_box_markers=True), tiny_directory()).response(given)
+    (got,) = AnswerFilter.open(FilterConfig(strip_box_markers=True), tiny_directory()).responses([given])
     if isinstance(expected, str):
         assert isinstance(got, Fault) and got.cause == expected
     else:
         assert got == f"<think>{expected[0]}</think><answer>{expected[1]}<gen_emb>"
 
 
+def test_answers_that_are_judged_together_are_judged_as_each_alone():
+    """A tokenizer that fills a batch up to its longest text must not make the others as long."""
+    tokenizer = Tokenizer.from_file(str(tiny_directory() / "tokenizer.json"))
+    tokenizer.enable_padding()
+    judge, given = AnswerFilter(FilterConfig(), tokenizer), [given for given, _ in FORMS.values()]
+    alone = [found for one in given for found in judge.responses([one])]
+    assert len({type(found) for found in alone}) == 2  # turns and faults
+    assert judge.responses(given) == alone and judge.responses([]) == []
+
+
 def test_boxes_stay_unless_asked():
     judge = AnswerFilter.open(FilterConfig(), tiny_directory())
-    assert "<|begin_of_box|>c" in judge.response(answer("<think>a</think><|begin_of_box|>c<|end_of_box|>"))
+    (turn,) = judge.responses([answer("<think>a</think><|begin_of_box|>c<|end_of_box|>")])
+    assert "<|begin_of_box|>c" in turn
 
 
 def test_repeated_share_counts_ngrams():

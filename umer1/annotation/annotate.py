@@ -32,13 +32,13 @@ from typing import Any
 from umer1 import __version__
 from umer1.annotation.answers import AnswerFilter, Fault
 from umer1.annotation.ask import Asker, Progress, Question
-from umer1.annotation.client import Refused
+from umer1.annotation.client import Answer, Refused
 from umer1.annotation.config import DATASET_FOLDER, AnnotateCommand
 from umer1.annotation.difficulty import Difficulty, RankRule
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
 from umer1.annotation.own_teacher import served_teacher
-from umer1.annotation.publish import Counts, publish_dataset
+from umer1.annotation.publish import AskedSide, Counts, publish_dataset
 from umer1.annotation.samples import Broken, Sample, side_key
 from umer1.annotation.selection import Selection, read_contents
 from umer1.annotation.sources import read_samples
@@ -112,14 +112,19 @@ class Annotation:
         faults = self._ask(self._questions(apart, progress), progress)
         progress.finish()
 
-        def respond(sample: Sample, name: str, side: Side) -> str | Fault:
+        def answer(sample: Sample, name: str, side: Side) -> Answer | Fault:
             key = self._key(sample, name, side)
             if (fault := faults.get(key)) is not None:
                 return fault
             entry = self.journal.read(key)
             if entry is None:
                 return Fault("teacher_failed", "nobody was asked: the pair files or their media changed during the run")
-            return Fault("refused", entry.detail) if isinstance(entry, Refused) else self.judge.response(entry)
+            return Fault("refused", entry.detail) if isinstance(entry, Refused) else entry
+
+        def respond(sides: list[AskedSide]) -> list[str | Fault]:
+            found = [answer(*side) for side in sides]
+            judged = iter(self.judge.responses([each for each in found if isinstance(each, Answer)]))
+            return [next(judged) if isinstance(each, Answer) else each for each in found]
 
         return publish_dataset(
             Path(config.output) / DATASET_FOLDER,

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -32,6 +33,7 @@ class AnswerFilter:
 
     def __init__(self, config: FilterConfig, tokenizer: Tokenizer):
         self.config, self.tokenizer = config, tokenizer
+        tokenizer.no_padding()  # texts that are tokenised together would be filled up to the longest
         added = tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special or token.content.startswith("<|")}
         self._reserved = sorted(special - _ALLOWED)
@@ -48,21 +50,35 @@ class AnswerFilter:
         """A token in `text` that would forge a turn or a picture, which training refuses; None when there is none."""
         return next((token for token in self._reserved if token in text), None)
 
-    def response(self, answer: Answer) -> str | Fault:
-        """The assistant's turn of the training file, or what is wrong with the answer."""
-        if answer.finish_reason != "stop":
-            cause = "repetition" if answer.finish_reason == "repetition" else "cut_off"  # vLLM can look for loops
-            return Fault(cause, f"finish_reason {answer.finish_reason}")
-        parts = self._parts(answer)
-        if isinstance(parts, Fault):
-            return parts
-        reasoning, summary = parts
-        for name, text in (("reasoning", reasoning), ("summary", summary)):
-            if fault := self._text_fault(name, text):
+    def responses(self, answers: list[Answer]) -> list[str | Fault]:
+        """Of each answer the assistant's turn of the training file, or what is wrong with it.
+
+        All texts are tokenised together, which the tokenizer does on all cores.
+        """
+        parts = [self._parts(answer) for answer in answers]
+        token_ids = iter(self._token_ids([text for part in parts if not isinstance(part, Fault) for text in part]))
+        return [part if isinstance(part, Fault) else self._turn(*part, *islice(token_ids, 2)) for part in parts]
+
+    def _turn(
+        self, reasoning: str, summary: str, reasoning_ids: list[int] | None, summary_ids: list[int] | None
+    ) -> str | Fault:
+        for name, text, ids in (("reasoning", reasoning, reasoning_ids), ("summary", summary, summary_ids)):
+            if fault := self._text_fault(name, text, ids):
                 return fault
         return assistant_text(reasoning, summary)
 
+    def _token_ids(self, texts: list[str]) -> list[list[int] | None]:
+        """None of a text that is not valid Unicode."""
+        try:
+            return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError):
+            return [None] if len(texts) == 1 else [ids for text in texts for ids in self._token_ids([text])]
+
     def _parts(self, answer: Answer) -> tuple[str, str] | Fault:
+        """Reasoning and summary, neither empty."""
+        if answer.finish_reason != "stop":
+            cause = "repetition" if answer.finish_reason == "repetition" else "cut_off"  # vLLM can look for loops
+            return Fault(cause, f"finish_reason {answer.finish_reason}")
         summary, reasoning = answer.content, answer.reasoning
         if self.config.strip_box_markers:
             summary, reasoning = _BOX.sub("", summary), reasoning and _BOX.sub("", reasoning)
@@ -79,14 +95,12 @@ class AnswerFilter:
             return Fault("format", f"the {'reasoning' if not reasoning else 'summary'} is empty")
         return reasoning, summary
 
-    def _text_fault(self, name: str, text: str) -> Fault | None:
+    def _text_fault(self, name: str, text: str, ids: list[int] | None) -> Fault | None:
         if tag := next((tag for tag in _TAGS if tag in text), None):
             return Fault("format", f"the {name} holds {tag}")
         if token := self.structural(text):
             return Fault("reserved_token", f"the {name} spells {token}")
-        try:
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError):
+        if ids is None:
             return Fault("format", f"the {name} is not valid Unicode")
         most = getattr(self.config, f"max_{name}_tokens")
         if len(ids) > most:

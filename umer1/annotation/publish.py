@@ -4,8 +4,9 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from umer1.errors import UserError
 from umer1.files import write_json
 
 RL_FILE, FILTERED_FILE, MANIFEST_FILE = "rl.jsonl", "filtered.jsonl", "manifest.json"
-Respond = Callable[[Sample, str, Side], str | Fault]
+AskedSide = tuple[Sample, str, Side]  # the name is one of SIDES
+Respond = Callable[[list[AskedSide]], list[str | Fault]]
+_TOGETHER = 256  # pairs whose answers are judged together: work for many cores, a few MB of text
 
 
 class Counts:
@@ -66,8 +69,9 @@ def publish_dataset(
 ) -> Counts:
     """Write everything beside `destination` and give it that name in one step.
 
-    respond: the response of a side, or why there is none.  apart: contents of the pairs that stay out of the SFT files:
-    those of `rl`, and what else was kept for its choice.  Raises UserError when no SFT pair is left: nothing changes.
+    respond: the response of each side, or why there is none.
+    apart: contents of the pairs that stay out of the SFT files: those of `rl`, and what else was kept for its choice.
+    Raises UserError when no SFT pair is left: nothing changes.
     """
     counts, aside = Counts(), aside_path(destination)
     aside.mkdir(parents=True)
@@ -75,10 +79,13 @@ def publish_dataset(
         drawn = {sample.content(): sample.id for sample in rl}
         shards = _Shards(aside, pairs_per_shard)
         with _lines(aside / FILTERED_FILE) as filtered:
-            for sample in samples:
-                record = _sft_record(sample, respond, drawn, apart, counts, filtered)
-                if record is not None:
-                    shards.add(record)
+            samples, left_out = iter(samples), drawn.keys() | apart
+            while some := list(islice(samples, _TOGETHER)):
+                responses = iter(respond(_asked_sides(some, left_out)))
+                for sample in some:
+                    record = _sft_record(sample, responses, drawn, apart, counts, filtered)
+                    if record is not None:
+                        shards.add(record)
         shards.close()
         if not shards.paths and not rl:
             last = f" (the last time: {counts.last_detail})" if counts.last_detail else ""
@@ -101,15 +108,28 @@ def publish_dataset(
     return counts
 
 
+def _asked_sides(samples: list[Sample | Broken], left_out: set[str]) -> list[AskedSide]:
+    """The sides of those pairs that may be in the SFT files."""
+    return [
+        (sample, *named)
+        for sample in samples
+        if isinstance(sample, Sample) and sample.content() not in left_out
+        for named in sample.sides()
+    ]
+
+
 def _sft_record(
     sample: Sample | Broken,
-    respond: Respond,
+    responses: Iterator[str | Fault],
     drawn: dict[str, str],
     apart: set[str],
     counts: Counts,
     filtered: Callable[[dict], None],
 ) -> dict | None:
-    """The pair as the SFT file has it; None, counted and listed, when it goes elsewhere."""
+    """The pair as the SFT file has it; None, counted and listed, when it goes elsewhere.
+
+    responses: the next two are this pair's, where it may be in the SFT file.
+    """
 
     def leave_out(cause: str, detail: str, side: str | None = None) -> None:
         counts.add(sample.dataset, "filtered", cause, detail)
@@ -125,8 +145,7 @@ def _sft_record(
         leave_out("not_chosen", "a pair of --rl-from that RL does not take")
         return None
     record: dict[str, Any] = {"dataset_name": sample.dataset}
-    for name, side in sample.sides():
-        response = respond(sample, name, side)
+    for (name, side), response in [(named, next(responses)) for named in sample.sides()]:
         if isinstance(response, Fault):
             leave_out(response.cause, response.detail, name)
             return None
