@@ -21,9 +21,9 @@ from pathlib import Path
 from provenance import new_record, save_record
 
 from umer1.data.index_cache import index_path
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.data.prompts import assistant_text, user_text
 
-BASE = Path(__file__).resolve().parents[1] / "umer1/assets/mini_base"
 NUM_SETS, PAIRS_A_BATCH, POOL = 25, 1024, 2000
 FORMS = {"json": ("[\n", ",\n", "\n]\n"), "jsonl": ("", "\n", "\n")}  # ending -> start, between two records, end
 
@@ -55,7 +55,7 @@ def measure(path: str) -> dict:
     from umer1.data.sampler import BlockSampler
     from umer1.inference.engine import EngineConfig, make_processor, open_directory
 
-    config = EngineConfig(model=str(BASE))
+    config = EngineConfig(model=str(MINI_BASE))
     processor = make_processor(config, open_directory(config))
     ready = time.perf_counter()
     dataset = PairDataset(path, None, processor)

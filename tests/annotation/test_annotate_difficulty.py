@@ -3,7 +3,6 @@
 import json
 import weakref
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +12,16 @@ from data_tools import write_records
 from inference_cases import reference_model, reference_states
 from teacher_server import Teacher
 
-import umer1
 from umer1.annotation.annotate import main
 from umer1.annotation.difficulty import Difficulty, RankRule, own_ranks
 from umer1.annotation.samples import Sample
 from umer1.data.media import MediaRoot
-from umer1.data.mini_mmeb import make_mini_mmeb
+from umer1.data.mini_mmeb import MINI_BASE, make_mini_mmeb
 from umer1.data.schema import Side
 from umer1.errors import ConfigError
 from umer1.evaluation.tasks import read_benchmark
 from umer1.inference.engine import Engine, EngineConfig, load_engine, make_processor, open_directory
 
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 TASKS = {"mini-look": "image", "mini-vid": "video"}
 ENGINE = EngineConfig(model=str(MINI_BASE), fp32=True)
 

@@ -4,18 +4,16 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from annotation_world import dataset, flags, read_lines, write_world
 
-import umer1
 from umer1.annotation import own_teacher
 from umer1.annotation.annotate import main
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.errors import ConfigError, UserError
 from umer1.rl.engines.vllm_install import has_vllm
 
-MINI_BASE = str(Path(umer1.__file__).parent / "assets" / "mini_base")
 # A server with the form of vLLM's: its key from the environment, its port from the command line.
 SERVER = """
 import json, os, sys, threading
@@ -76,7 +74,7 @@ def test_it_answers_and_ends_with_the_run(world, monkeypatch, capsys):
     sft, filtered, _ = dataset(root)
     assert len(sft) == 4 and not filtered
     answer = sft[0]["qry"]["conversations"][1]["value"]
-    assert MINI_BASE in answer
+    assert str(MINI_BASE) in answer
     assert is_gone(int(answer.partition("<answer>")[2].partition("<gen_emb>")[0]))
     # nothing is left to ask: no teacher is started
     monkeypatch.setattr(own_teacher, "_SERVER", ("-c", "raise SystemExit('not needed')"))

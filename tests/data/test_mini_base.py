@@ -14,12 +14,12 @@ from umer1.data.mini_base import (
     board_patches,
     caption_batch,
     caption_logits,
-    mini_base_path,
     reading_accuracy,
     save_base,
     train_base,
 )
 from umer1.data.mini_draw import draw
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.data.mini_tasks import sample_board
 from umer1.data.mini_tokenizer import build_tokenizer
 from umer1.models.qwen2_vl.directory import HFDirectory
@@ -27,15 +27,15 @@ from umer1.models.qwen2_vl.directory import HFDirectory
 
 @pytest.fixture(scope="module")
 def model():
-    return Qwen2VLForConditionalGeneration.from_pretrained(mini_base_path(), dtype=torch.float32).eval()
+    return Qwen2VLForConditionalGeneration.from_pretrained(MINI_BASE, dtype=torch.float32).eval()
 
 
 def test_the_committed_directory_is_small():
-    assert sum(path.stat().st_size for path in mini_base_path().iterdir()) < 3_000_000
+    assert sum(path.stat().st_size for path in MINI_BASE.iterdir()) < 3_000_000
 
 
 def test_transformers_opens_the_tokenizer_as_it_was_built():
-    opened = AutoTokenizer.from_pretrained(mini_base_path())
+    opened = AutoTokenizer.from_pretrained(MINI_BASE)
     text = prompts.chat_text(prompts.vision_block(3) + "Arrows to follow in this picture: two. Start at red", "a b")
     assert opened(text, add_special_tokens=False)["input_ids"] == build_tokenizer().encode(text).ids
     assert opened.decode(opened(text)["input_ids"]) == text
@@ -43,14 +43,14 @@ def test_transformers_opens_the_tokenizer_as_it_was_built():
 
 
 def test_umer1_opens_it_and_adds_the_embedding_tokens_in_spare_rows():
-    directory = HFDirectory.open(mini_base_path())
+    directory = HFDirectory.open(MINI_BASE)
     assert directory.added_tokens
     assert directory.special.disc_emb == directory.special.gen_emb + 1 < directory.config.vocab_size
     assert directory.config.head_dim == 32
 
 
 def test_pictures_are_not_resized_and_patches_are_transformers_own():
-    processor = Qwen2VLImageProcessorPil.from_pretrained(mini_base_path())
+    processor = Qwen2VLImageProcessorPil.from_pretrained(MINI_BASE)
     board = sample_board(np.random.default_rng(0), "img")
     patches, grid = board_patches([board], np.random.default_rng(1))
     picture = draw(board.frames[0], board.columns, np.random.default_rng(1))

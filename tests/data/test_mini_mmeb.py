@@ -12,8 +12,7 @@ from PIL import Image
 from umer1.data import prompts
 from umer1.data.dataset import PairDataset
 from umer1.data.images import ImageConfig
-from umer1.data.mini_base import mini_base_path
-from umer1.data.mini_mmeb import make_mini_mmeb
+from umer1.data.mini_mmeb import MINI_BASE, make_mini_mmeb
 from umer1.data.mini_tasks import (
     HOP_TASKS,
     NUM_ANSWERS,
@@ -54,7 +53,7 @@ def lines(path):
 
 
 def test_every_record_is_accepted_by_the_data_pipeline(root):
-    directory = HFDirectory.open(mini_base_path())
+    directory = HFDirectory.open(MINI_BASE)
     images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
     processor = Processor(directory.tokenizer, directory.special, directory.config, images)
     dataset = PairDataset(root / "train.json", root, processor)
@@ -69,7 +68,7 @@ def test_every_record_is_accepted_by_the_data_pipeline(root):
 
 @pytest.mark.parametrize("name, tasks, count", [("rl.json", HOP_TASKS, 60), ("rl_eval.json", TASKS, 64)])
 def test_every_rl_record_is_accepted_by_the_data_pipeline(root, name, tasks, count):
-    directory = HFDirectory.open(mini_base_path())
+    directory = HFDirectory.open(MINI_BASE)
     images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
     dataset = PromptDataset(
         root / name, root, Processor(directory.tokenizer, directory.special, directory.config, images)
@@ -157,7 +156,7 @@ def test_other_rl_pairs_change_nothing_else(root, tmp_path):
 
 def test_one_cell_is_one_vision_token(root):
     """No picture is resized: the patch grid has the drawn tiles."""
-    directory = HFDirectory.open(mini_base_path())
+    directory = HFDirectory.open(MINI_BASE)
     images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
     processor = Processor(directory.tokenizer, directory.special, directory.config, images)
     dataset = PairDataset(root / "train.json", root, processor)

@@ -1,20 +1,15 @@
 """A pass of adaptive mode: the responses of those that reason, by whichever way puts fewer tokens through the model."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-import umer1
 from umer1.data.media import MediaRoot
-from umer1.data.mini_mmeb import make_mini_mmeb
+from umer1.data.mini_mmeb import MINI_BASE, make_mini_mmeb
 from umer1.distributed.parallel import init_distributed
 from umer1.evaluation import evaluate
 from umer1.evaluation.tasks import read_benchmark
 from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig, generate
-
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 
 
 @pytest.fixture(scope="module")

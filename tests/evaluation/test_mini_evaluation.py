@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from inference_cases import cosine, reference_model, reference_states
 
-import umer1
 from umer1 import conversion
 from umer1.checkpoints.fingerprint import model_fingerprint
 from umer1.data.media import MediaRoot
-from umer1.data.mini_mmeb import make_mini_mmeb
+from umer1.data.mini_mmeb import MINI_BASE, make_mini_mmeb
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import UserError
 from umer1.evaluation.evaluate import _donated_thoughts, _reread, _Share, until_disc
@@ -20,8 +19,6 @@ from umer1.evaluation.tasks import read_benchmark
 from umer1.inference.engine import EngineConfig, load_engine, make_processor, open_directory
 from umer1.inference.generate import GenerationConfig, generate
 from umer1.testing import run_distributed
-
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 
 
 @pytest.fixture(scope="module")

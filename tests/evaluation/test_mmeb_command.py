@@ -14,14 +14,13 @@ import mmeb_folders
 import numpy as np
 import pytest
 
-import umer1
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.errors import ConfigError, UserError
 from umer1.evaluation.command import main
 from umer1.evaluation.mmeb_v2 import memory
 from umer1.files import alone_in
 from umer1.testing import run_distributed
 
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 TASKS = ["VOC2007", "MSCOCO_t2i", "MVBench", "MSVD", "QVHighlight", "ViDoRe_docvqa", "ViDoSeek-doc"]
 SEED = random.randrange(2**31)
 GEN = ["--query-mode", "gen", "--target-mode", "gen", "--max-new-tokens", "4"]

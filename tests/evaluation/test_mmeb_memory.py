@@ -2,20 +2,18 @@
 
 import json
 import os
-from pathlib import Path
 
 import mmeb_folders
 import numpy as np
 import pytest
 
-import umer1
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.errors import UserError
 from umer1.evaluation.command import main
 from umer1.evaluation.mmeb_v2 import memory
 from umer1.evaluation.mmeb_v2.memory import Memory
 from umer1.evaluation.mmeb_v2.registry import TASKS
 
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 FRESH = int.from_bytes(os.urandom(4), "little")
 NAMES = ["VOC2007", "MSVD", "ViDoRe_docvqa"]
 

@@ -18,7 +18,6 @@ from umer1.losses.grpo import (
     token_losses,
     token_statistics,
     token_weights,
-    zero_spread_share,
 )
 from umer1.testing import assert_close
 
@@ -167,12 +166,11 @@ def test_what_is_not_valid_is_ignored_whatever_it_holds():
     assert groups_with_spread(rewards, 3, valid=valid).tolist() == [True, False]
 
 
-def test_share_of_groups_without_spread():
+def test_groups_without_spread():
     rewards = torch.tensor([1.0, 1.0, 0.5, 0.5 + 1e-7, 0.0, 1.0, 0.0, 1.0])
     assert groups_with_spread(rewards, 2).tolist() == [False, False, True, True]
-    assert zero_spread_share(rewards, 2).item() == 0.5
     valid = torch.tensor([True] * 7 + [False])
-    assert zero_spread_share(rewards, 2, valid=valid).item() == 0.75
+    assert groups_with_spread(rewards, 2, valid=valid).tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 1e30])

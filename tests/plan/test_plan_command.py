@@ -20,7 +20,6 @@ from umer1.training.launch import default_policy_violations
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "examples" / "configs"
-GIB = 2**30
 
 
 def run_json(capsys, *argv: str) -> dict:

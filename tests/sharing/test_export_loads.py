@@ -15,14 +15,12 @@ import torch
 from inference_cases import INPUTS, write_inputs
 from PIL import Image
 
-import umer1
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.data.prompts import SUFFIX, chat_text, user_text, vision_block
 from umer1.inference.encode import main as encode
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.vllm_process import engine_environment
 from umer1.sharing.share import main
-
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import umer1
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.errors import ConfigError, UserError
 from umer1.inference.encode import main as encode
 from umer1.inference.generate import GenerationConfig
@@ -25,7 +25,6 @@ from mteb.types import PromptType  # noqa: E402
 
 from umer1.sharing.mteb_encoder import MtebEncoder  # noqa: E402
 
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 SHORT = GenerationConfig(max_new_tokens=4)
 INSTRUCTION = "Find the picture:"
 

@@ -13,6 +13,7 @@ from tiny_qwen2_vl import make_tiny_directory
 import umer1
 from umer1 import conversion
 from umer1.checkpoints.fingerprint import model_fingerprint
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.errors import ConfigError, UserError
 from umer1.evaluation.mmeb_v2.registry import GROUPS
 from umer1.evaluation.mmeb_v2.results import make_results
@@ -23,8 +24,6 @@ from umer1.sharing.share import main
 from umer1.sharing.training_run import note_start, pairs_of, read_run
 from umer1.sharing.versions import versions
 from umer1.testing import run_distributed
-
-MINI_BASE = Path(umer1.__file__).parent / "assets" / "mini_base"
 
 
 @pytest.fixture

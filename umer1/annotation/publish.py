@@ -33,6 +33,7 @@ class Counts:
         self.last_detail = ""  # of a pair that was filtered
 
     def add(self, dataset: str, what: str, cause: str | None = None, detail: str = "") -> None:
+        """One more pair: sft, rl or repeats_rl as `what` says; filtered where there is a cause."""
         row = self.table.setdefault(dataset, {"read": 0, "sft": 0, "rl": 0, "repeats_rl": 0, "filtered": Counter()})
         row["read"] += 1
         if cause is None:
@@ -40,11 +41,6 @@ class Counts:
         else:
             row["filtered"][cause] += 1
             self.last_detail = detail
-
-    def total(self, what: str) -> int:
-        if what == "filtered":
-            return sum(row["filtered"].total() for row in self.table.values())
-        return sum(row[what] for row in self.table.values())
 
     def lines(self) -> list[str]:
         """For people, a line for each data set."""

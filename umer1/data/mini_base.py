@@ -54,11 +54,6 @@ class BaseSettings:
     seed: int = 0
 
 
-def mini_base_path() -> Path:
-    """The committed base: a Hugging Face directory in the package."""
-    return Path(__file__).parent.parent / "assets" / "mini_base"
-
-
 def model_config(settings: BaseSettings, tokenizer) -> Qwen2VLConfig:
     """Head size 32 (the smallest that inference engines take), tied embeddings, spare rows for the embedding tokens."""
     half = settings.hidden_size // settings.heads // 2

@@ -46,6 +46,7 @@ from umer1.data.mini_tasks import (
 from umer1.errors import ConfigError, UserError
 from umer1.files import write_json, write_text
 
+MINI_BASE = Path(__file__).parent.parent / "assets" / "mini_base"  # the tiny Qwen2-VL it starts from, by mini_base.py
 FORMAT_VERSION = 2  # part of the settings' hash: raise it when the same settings give other files
 MANIFEST = "manifest.json"
 MAX_RL_EVAL_PAIRS = 192  # 48 a task, of which 12 have the task's 12 held-out answers

@@ -62,15 +62,11 @@ def group_advantages(rewards: torch.Tensor, num_generations: int, *, valid: torc
 def groups_with_spread(
     rewards: torch.Tensor, num_generations: int, *, valid: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """bool [..., P]: whether a group's valid rewards differ by more than round-off, so that it teaches something."""
+    """bool [..., P]: whether a group's valid rewards differ by more than round-off, so that it teaches something.
+
+    False for groups of fewer than two valid rewards.
+    """
     return _spread(*_grouped(rewards, num_generations, valid)) > NO_SPREAD
-
-
-def zero_spread_share(
-    rewards: torch.Tensor, num_generations: int, *, valid: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Scalar: the share of groups without spread, groups of fewer than two valid rewards included."""
-    return 1.0 - groups_with_spread(rewards, num_generations, valid=valid).float().mean()
 
 
 def _held(difference: torch.Tensor) -> torch.Tensor:

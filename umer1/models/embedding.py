@@ -1,13 +1,8 @@
 """THE read-out rule: which row is an embedding and what is done to it; all that reads embeddings calls this."""
 
-from typing import Literal
-
 import torch
 
 from umer1.ops.gather_hidden import gather_hidden
-
-MissingGenEmb = Literal["append", "disc", "error"]
-"""What to do with a response that has no <gen_emb>: close it with one and read there, read <disc_emb>, or stop."""
 
 
 def read_embedding(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

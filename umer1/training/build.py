@@ -10,14 +10,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
 from umer1 import device
+from umer1.data.mini_mmeb import MINI_BASE
 from umer1.distributed.parallel import ParallelConfig, ParallelState
 from umer1.models.fp8 import FP8Config
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.export import destination_problem
 from umer1.models.qwen2_vl.model import build_model
 from umer1.models.qwen2_vl.weights import load_hf, unwrap
-
-MINI_BASE = Path(__file__).parent.parent / "assets" / "mini_base"
 
 
 @dataclass(kw_only=True, slots=True)
