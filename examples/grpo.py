@@ -13,12 +13,11 @@ A run that was stopped goes on from its newest valid checkpoint when the same co
 (docs/plan.md); nothing is trained.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from umer1.configuration import help_text
-from umer1.distributed.parallel import init_distributed
+from umer1.distributed.parallel import init_distributed, launched_rank
 from umer1.errors import exit_on_user_error
 from umer1.plan import dry_run
 from umer1.training.config import machine_violations
@@ -33,7 +32,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_grpo.yaml"
 
 def main() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             print(help_text(GRPOConfig, __doc__))
         return
     if dry_run.is_asked(sys.argv[1:]):

@@ -15,10 +15,15 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def local_rank() -> int:
+    """Number of this process on its machine, known before any group exists (torchrun's LOCAL_RANK, else 0)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def device() -> torch.device:
     """The device of this process: the CUDA device of its local rank, else the CPU."""
     if has_cuda():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 

@@ -4,11 +4,11 @@ One vLLM engine in a child of each process (umer1/rl/engines), filled with the w
 """
 
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from umer1 import device
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Prompt, Sequence
 from umer1.errors import UserError
@@ -67,7 +67,7 @@ class VLLMEmbedder:
             dtype=engine.dtype,
             max_model_len=longest,
             rank=engine.state.rank,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_rank=device.local_rank(),
             log_path=log_path,
             image_config=engine.processor.image_config,
         )
