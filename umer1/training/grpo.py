@@ -117,11 +117,8 @@ class GRPOTrainer(Trainer):
             self.roll_back_and_save()
             raise
         finally:
-            self.source.close()
             self.phase.engine.close()
-            self.close_checkpoints()
-            if self.logger:
-                self.logger.close()
+            self.close()
         self.finish()
 
     def train_step(self) -> dict[str, Any]:

@@ -73,10 +73,7 @@ class SFTTrainer(Trainer):
                     self.say_stopped(number, f"after iteration {self.iteration}")
                     return
         finally:
-            self.source.close()
-            self.close_checkpoints()
-            if self.logger:
-                self.logger.close()
+            self.close()
         self.finish()
 
     def train_step(self) -> dict[str, Any]:

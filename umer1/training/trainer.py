@@ -139,10 +139,13 @@ class Trainer:
                 self.checkpointer.wait()
             return number
 
-    def close_checkpoints(self) -> None:
-        """At the end of a run, also of one that fails: nothing is written any more after it."""
+    def close(self) -> None:
+        """At the end of a run, also of one that fails: nothing is read or written any more after it."""
+        self.source.close()
         with self.watch.phase("waiting for a checkpoint"):
             self.checkpointer.close()
+        if self.logger:
+            self.logger.close()
 
     def note_offending(self, loss: float, grad_norm: float) -> None:
         """List the samples of a step that is not finite or a spike: each source of data its own share, so that no rank
