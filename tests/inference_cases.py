@@ -38,7 +38,7 @@ def write_inputs(root: Path) -> Path:
 def prompts(directory: Path, root: Path) -> dict[str, Sequence]:
     """Every input's whole prompt."""
     opened = HFDirectory.open(directory)
-    config = ImageConfig.from_settings(opened.config.vision, opened.image_settings, opened.video_settings)
+    config = ImageConfig.of_directory(opened)
     processor = Processor(opened.tokenizer, opened.special, opened.config, config)
     found = {}
     for item in INPUTS:

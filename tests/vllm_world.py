@@ -25,7 +25,7 @@ class VLLMWorld:
     def __init__(self, root: Path, *, tied: bool = True):
         self.directory = HFDirectory.open(make_tiny_directory(root / "model", hidden=128, tied=tied))
         opened = self.directory
-        config = ImageConfig.from_settings(opened.config.vision, opened.image_settings, opened.video_settings)
+        config = ImageConfig.of_directory(opened)
         processor = Processor(opened.tokenizer, opened.special, opened.config, config)
         write_inputs(root)
         self.requests = []

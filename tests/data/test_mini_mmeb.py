@@ -54,7 +54,7 @@ def lines(path):
 
 def test_every_record_is_accepted_by_the_data_pipeline(root):
     directory = HFDirectory.open(MINI_BASE)
-    images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
+    images = ImageConfig.of_directory(directory)
     processor = Processor(directory.tokenizer, directory.special, directory.config, images)
     dataset = PairDataset(root / "train.json", root, processor)
     assert len(dataset) == SMALL["num_train_pairs"]
@@ -69,7 +69,7 @@ def test_every_record_is_accepted_by_the_data_pipeline(root):
 @pytest.mark.parametrize("name, tasks, count", [("rl.json", HOP_TASKS, 60), ("rl_eval.json", TASKS, 64)])
 def test_every_rl_record_is_accepted_by_the_data_pipeline(root, name, tasks, count):
     directory = HFDirectory.open(MINI_BASE)
-    images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
+    images = ImageConfig.of_directory(directory)
     dataset = PromptDataset(
         root / name, root, Processor(directory.tokenizer, directory.special, directory.config, images)
     )
@@ -157,7 +157,7 @@ def test_other_rl_pairs_change_nothing_else(root, tmp_path):
 def test_one_cell_is_one_vision_token(root):
     """No picture is resized: the patch grid has the drawn tiles."""
     directory = HFDirectory.open(MINI_BASE)
-    images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
+    images = ImageConfig.of_directory(directory)
     processor = Processor(directory.tokenizer, directory.special, directory.config, images)
     dataset = PairDataset(root / "train.json", root, processor)
     grids = {}

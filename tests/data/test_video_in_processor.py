@@ -12,13 +12,13 @@ from test_video_files import all_frames, write_video
 from umer1.data.bad_samples import BadSample
 from umer1.data.dataset import PairDataset, parse_pair
 from umer1.data.fields import video_paths
-from umer1.data.images import Patchifier
+from umer1.data.images import ImageConfig, Patchifier
 from umer1.data.loader import DataConfig, Loader, StepMaker
 from umer1.data.media import MediaRoot
 from umer1.data.video_files import frame_places
 from umer1.inference.inputs import Input, read_inputs
 from umer1.inference.planning import input_cost
-from umer1.training.batches import image_config, make_sampler, open_data
+from umer1.training.batches import make_sampler, open_data
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_number_of_frames_is_a_setting(clip, count):
 
 
 def test_settings_reach_the_processor():
-    config = image_config(DataConfig(num_frames=5), tiny_hf())
+    config = ImageConfig.of_directory(tiny_hf(), DataConfig(num_frames=5))
     assert config.num_frames == 5
     assert any("num_frames=0" in problem for problem in DataConfig(num_frames=0).violations())
 

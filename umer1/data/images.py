@@ -62,6 +62,20 @@ class ImageConfig:
         return found
 
     @staticmethod
+    def of_directory(directory: Any, bounds: Any = None) -> "ImageConfig":
+        """`from_settings` of an opened model directory.
+
+        bounds: settings whose min_pixels, max_pixels, video_min_pixels, video_max_pixels and num_frames win where set.
+        """
+        names = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "num_frames")
+        return ImageConfig.from_settings(
+            directory.config.vision,
+            directory.image_settings,
+            directory.video_settings,
+            **({} if bounds is None else {name: getattr(bounds, name) for name in names}),
+        )
+
+    @staticmethod
     def from_settings(
         vision: Any,
         image_settings: dict | None = None,

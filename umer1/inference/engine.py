@@ -108,21 +108,11 @@ def open_directory(config: EngineConfig) -> HFDirectory:
 
 def make_processor(config: EngineConfig, directory: HFDirectory) -> Processor:
     """The processor of the model's directory under the bounds of `config`."""
-    image_config = ImageConfig.from_settings(
-        directory.config.vision,
-        directory.image_settings,
-        directory.video_settings,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        video_min_pixels=config.video_min_pixels,
-        video_max_pixels=config.video_max_pixels,
-        num_frames=config.num_frames,
-    )
     return Processor(
         directory.tokenizer,
         directory.special,
         directory.config,
-        image_config,
+        ImageConfig.of_directory(directory, config),
         max_length=config.max_input_tokens,
         blank_image_for_text=config.blank_image_for_text,
     )

@@ -8,6 +8,5 @@ from umer1.sharing.module_files import module_files
 
 def export_documents(subject: Subject, directory: HFDirectory) -> dict[str, str]:
     """Relative path -> text, for `save_hf`.  directory: where the exported configuration and settings are from."""
-    config = directory.config
-    pictures = ImageConfig.from_settings(config.vision, directory.image_settings, directory.video_settings)
-    return module_files(config.hidden_size, pictures) | {"README.md": model_card(subject)}
+    pictures = ImageConfig.of_directory(directory)
+    return module_files(directory.config.hidden_size, pictures) | {"README.md": model_card(subject)}

@@ -36,27 +36,13 @@ _TICKS = 1_000_000  # of a second, in reductions of whole numbers
 R = TypeVar("R", bound=RecordFile)
 
 
-def image_config(data: DataConfig, directory: HFDirectory) -> ImageConfig:
-    """Pixel bounds: flags, else the directory's preprocessor files, else METHOD's recipe."""
-    return ImageConfig.from_settings(
-        directory.config.vision,
-        directory.image_settings,
-        directory.video_settings,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        video_min_pixels=data.video_min_pixels,
-        video_max_pixels=data.video_max_pixels,
-        num_frames=data.num_frames,
-    )
-
-
 def make_processor(data: DataConfig, directory: HFDirectory, max_length: int | None) -> Processor:
     """The processor that training uses; `max_length` in tokens of one side."""
     return Processor(
         directory.tokenizer,
         directory.special,
         directory.config,
-        image_config(data, directory),
+        ImageConfig.of_directory(directory, data),
         max_length,
         max_frames=data.max_frames,
         blank_image_for_text=data.blank_image_for_text,

@@ -1,10 +1,10 @@
 """Which rollout engine this run has, and where it stands among the ranks."""
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from umer1 import device
+from umer1.data.images import ImageConfig
 from umer1.distributed.flags import SharedFlag
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
@@ -16,7 +16,7 @@ from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 from umer1.rl.phase import FollowingEngine, RolloutPhase
 from umer1.rl.types import EngineDied, Interrupted, RolloutEngine, Stop
-from umer1.training.batches import image_config, raise_together
+from umer1.training.batches import raise_together
 from umer1.training.policy_config import GRPOConfig
 
 
@@ -86,7 +86,7 @@ def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState
     if place:
         return FollowingEngine()
     save, servers = config.checkpoint.save, config.rollout.servers()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = device.local_rank()
     return VLLMEngine(
         config.rollout,
         directory,
@@ -96,7 +96,7 @@ def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState
         local_rank=local_rank,
         log_path=Path(save) / "logs" / f"vllm-rank{state.rank}.log" if save else None,
         server=servers[number] if servers else None,
-        image_config=image_config(config.data, directory),
+        image_config=ImageConfig.of_directory(directory, config.data),
         devices=list(range(local_rank, local_rank + ranks)),
     )
 

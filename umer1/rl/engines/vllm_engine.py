@@ -81,9 +81,7 @@ class VLLMEngine:
         self._obituary = ""  # of an engine that died where no one could be told, or while it started
         if server is None:
             check_head_size(directory.config)
-            images = image_config or ImageConfig.from_settings(
-                directory.config.vision, directory.image_settings, directory.video_settings
-            )
+            images = image_config or ImageConfig.of_directory(directory)
             name = dtype_name(dtype)
             save_engine_assets(directory, images, self._model_folder, dtype=name, max_tokens=max_model_len)
         self._launch()

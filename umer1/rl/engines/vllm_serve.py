@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     directory = HFDirectory.open(config.model, weights=False)
     check_head_size(directory.config)
     dtype = device.default_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
-    images = ImageConfig.from_settings(directory.config.vision, directory.image_settings, directory.video_settings)
+    images = ImageConfig.of_directory(directory)
     with tempfile.TemporaryDirectory(prefix="umer1-vllm-") as folder, bound_socket(config) as listener:
         model, settings = Path(folder) / "model", Path(folder) / "settings.json"
         save_engine_assets(directory, images, model, dtype=dtype_name(dtype), max_tokens=config.max_model_len)
