@@ -170,10 +170,12 @@ class Block:
 
 
 def tile_arguments(tile: Tile) -> dict:
+    """What every tiled kernel is told of its tiles."""
     return dict(ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP_ROWS=GROUP, INTERPRET=INTERPRETED)
 
 
 def options(tile: Tile) -> dict[str, int]:
+    """The launch's own settings."""
     return dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
@@ -189,4 +191,5 @@ def _bulk_copies(rows: torch.Tensor) -> bool:
 
 
 def pieces(total: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover 0 to total, in order."""
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]

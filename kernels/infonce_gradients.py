@@ -124,6 +124,7 @@ def label_gradients(
 
 
 def slopes_launch(block: Block, rows: slice, columns: slice, row_lse, column_lse, slope, factor: float) -> None:
+    """Fill slope [rows, columns] by `gradient_tiles`; row_lse, column_lse: fp32, of these rows and columns alone."""
     tile = tile_for(block.query, *slope.shape)
     blocks = triton.cdiv(slope.shape[0], tile.rows) * triton.cdiv(slope.shape[1], tile.columns)
     target = TensorDescriptor.from_tensor(slope, [tile.rows, tile.columns]) if block.bulk_copies else slope
@@ -140,6 +141,7 @@ def slopes_launch(block: Block, rows: slice, columns: slice, row_lse, column_lse
 
 
 def add_labels(block: Block, positive_gradient, weight: float, grad_query, grad_columns) -> None:
+    """`label_gradients` over all rows; positive_gradient: fp32 [num_rows], the accumulators contiguous fp32."""
     labels, order = block.labels.sort(stable=True)
     width = block.query.shape[1]
     label_gradients[(len(labels), triton.cdiv(width, LABEL_WIDTH))](

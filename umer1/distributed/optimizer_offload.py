@@ -28,6 +28,7 @@ class HostAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """torch's step, from copies of the gradients beside the parameters (in page-locked memory where a GPU is)."""
         for parameter in self._parameters():
             source = getattr(parameter, "decoupled_grad", None)
             if source is not None:
@@ -40,6 +41,7 @@ class HostAdamW(torch.optim.AdamW):
             group["step"] = group.get("step", 0) + 1
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """torch's own; a group's count of steps is the one of its parameters, too."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for parameter in group["params"] if "step" in group else ():

@@ -34,6 +34,7 @@ class Problem:
     with_statistics: bool
 
     def own_labels(self) -> torch.Tensor:
+        """int64 [B]: each row's positive, a row of key."""
         if self.labels is None:
             return torch.arange(len(self.query), device=self.query.device)
         return self.labels
@@ -46,6 +47,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of sums and gradients: fp64 for fp64 inputs, else fp32."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     def entries(self, columns, labels, column_ids) -> Entries:
@@ -53,6 +55,7 @@ class Problem:
         return Entries(self.query, columns, labels, self.temperature, self.query_ids, column_ids)
 
     def sweep(self, columns, labels, column_ids, *, symmetric: bool, kept: Kept | None) -> Partials:
+        """The implementation's sums over this rank's rows against a block of columns."""
         entries = self.entries(columns, labels, column_ids)
         return self.blocks.sweep(entries, symmetric=symmetric, statistics=self.with_statistics, kept=kept)
 
@@ -76,6 +79,7 @@ class Rows:
         self.partials: Partials | None = None
 
     def add(self, block: Partials) -> None:
+        """Merge the sums over further columns; what was found by columns is the caller's."""
         mine = self.partials
         if mine is None:
             self.partials = block._replace(column_max=None, column_sum=None)

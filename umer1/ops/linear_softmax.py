@@ -57,6 +57,7 @@ class Statistics:
 
     @classmethod
     def of_no_column(cls, hidden: torch.Tensor, entropy: bool) -> "Statistics":
+        """Where the rows of hidden [R, H] start."""
         dtype = accumulation_dtype(hidden.dtype)
         zero = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         # The lowest finite number and not -inf: the first block's difference to it is finite, its weight 0.
@@ -64,18 +65,21 @@ class Statistics:
         return cls(lowest, zero, zero.clone(), zero.clone() if entropy else None)
 
     def logprobs(self) -> torch.Tensor:
+        """[R]: log softmax at the label."""
         return (self.chosen - self.largest) - self.total.log()
 
     def entropy(self) -> torch.Tensor:
-        """In nats: log total - E[logit - largest]."""
+        """[R], in nats: log total - E[logit - largest]."""
         return self.total.log() - self.moment / self.total
 
 
 def default_block_bytes(device: torch.device) -> int:
+    """Bytes of a block of logits where the caller names none."""
     return CPU_BLOCK_BYTES if device.type == "cpu" else BLOCK_BYTES
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

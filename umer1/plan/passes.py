@@ -33,6 +33,7 @@ class StagePasses:
     # -- sizes -------------------------------------------------------------------------------------------------------
 
     def decoder(self, batch: PackedBatch) -> LayerBytes:
+        """What one decoder layer allocates for the micro-batch."""
         return decoder_layer(
             self.setup.model,
             self.setup.parallel,
@@ -43,6 +44,7 @@ class StagePasses:
         )
 
     def vision(self, batch: PackedBatch) -> LayerBytes:
+        """What one ViT layer allocates for the pictures that a rank sees."""
         return vision_layer(
             self.setup.model,
             self.setup.parallel,
@@ -52,6 +54,7 @@ class StagePasses:
         )
 
     def head(self, batch: PackedBatch) -> HeadBytes:
+        """What the vocabulary head allocates for the supervised rows."""
         return head_bytes(
             self.setup.model,
             len(batch.supervised_rows),
@@ -66,6 +69,7 @@ class StagePasses:
         return self.setup.frames(batch)
 
     def frames(self, batch: PackedBatch) -> Frames:
+        """`divided`, worked out once for each micro-batch."""
         if id(batch) not in self.shares:
             self.shares[id(batch)] = self.divided(batch)
         return self.shares[id(batch)]
@@ -245,6 +249,7 @@ class StagePasses:
         self.line.hold("head, before", kept.get("head", 0), "backward")
 
     def embedding_gradient(self) -> int:
+        """Bytes of the token embeddings' gradient on a tensor-parallel rank."""
         model, tp = self.setup.model, self.setup.layout.tp
         return model.padded_vocab_size(tp) // tp * model.hidden_size * self.setup.itemsize
 

@@ -100,8 +100,10 @@ def batch_bytes(batch: PackedBatch, *, patches: int) -> int:
 
 
 def num_patches(batch: PackedBatch) -> int:
+    """Of all pictures and frames of the micro-batch."""
     return int(batch.grid_thw.prod(-1).sum()) if batch.grid_thw.numel() else 0
 
 
 def gathered_tokens(batch: PackedBatch) -> int:
+    """Of the micro-batch, padding included: what sequence parallelism divides."""
     return int(torch.as_tensor(batch.cu_seqlens)[-1])

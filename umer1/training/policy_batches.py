@@ -55,9 +55,11 @@ class Round:
         return torch.tensor([completion is not None for completion in self.completions], dtype=torch.bool)
 
     def pair_of(self, rollout: int) -> int:
+        """0 to P - 1: the place in `pairs`."""
         return rollout // self.num_generations % len(self.pairs)
 
     def side_of(self, rollout: int) -> int:
+        """0 for the query's, 1 for the positive's."""
         return rollout // (self.num_generations * len(self.pairs))
 
     def prompt_number(self, rollout: int) -> int:
@@ -65,6 +67,7 @@ class Round:
         return rollout // self.num_generations
 
     def prompt(self, rollout: int) -> Prompt:
+        """What the rollout answers."""
         pair = self.pairs[self.pair_of(rollout)]
         return pair.positive if self.side_of(rollout) else pair.query
 

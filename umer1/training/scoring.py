@@ -81,7 +81,7 @@ class Scorer:
         cache = VisionCache(round_, self.config.model.train_vision, self.state.device)
         step = PolicyStep(self.config.policy, self.config.rollout.temperature, cache)
         parts = self.parts(round_)
-        tokens, rollouts, hidden = round_.num_tokens, len(round_.completions), models_hidden_size(models)
+        tokens, rollouts, hidden = round_.num_tokens, len(round_.completions), models[0].config.hidden_size
         flat = torch.zeros(2 * tokens + rollouts * hidden, device=self.state.device)
         logprobs, entropy = flat[:tokens], flat[tokens : 2 * tokens]
         embeddings = flat[2 * tokens :].view(rollouts, hidden)
@@ -250,10 +250,6 @@ class Scorer:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded, group=self.state.groups.dp)
         return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
-
-
-def models_hidden_size(models: list[torch.nn.Module]) -> int:
-    return models[0].config.hidden_size
 
 
 def _group_std(rewards: torch.Tensor, valid: torch.Tensor, group: int) -> torch.Tensor:

@@ -68,6 +68,7 @@ class DirectoryWriter:
                 self.problem = f"The export to {self.destination} failed: {error}."
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor by the plan, kept until its shard's last one has come."""
         self.pending[name] = tensor.to(self.dtype)
         shard = self.plan[name]
         if [other for other, file in self.plan.items() if file == shard][-1] == name:
