@@ -75,7 +75,7 @@ class CompareTrainer(SFTTrainer):
         batches = self.fixed[0].next()
         totals, *_ = self.count(batches)
         step = SFTStep(self.config.loss, totals, self.state.groups.dp, self.config.model.train_vision)
-        found = dict(run_schedule(self.models, batches, partial(embed_step, step=step), self.state, forward_only=True))
+        found = dict(run_schedule(self.models, batches, partial(embed_step, step=step), forward_only=True))
         return torch.cat([found[id(batch)].flatten(0, 1) for batch in batches]).float().cpu()
 
 

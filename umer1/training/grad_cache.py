@@ -29,10 +29,10 @@ def forward_backward(
     Returns fp32 [K + 2 + 4K] as `sft_loss` has them, summed over micro-batches; zeros where the last stage is not.
     """
     if step.config.cached_contrastive and several and step.kinds:
-        embeddings = dict(run_schedule(models, batches, partial(embed_step, step=step), state, forward_only=True))
+        embeddings = dict(run_schedule(models, batches, partial(embed_step, step=step), forward_only=True))
         if embeddings:
             step.gradients = cached_gradients(embeddings, batches, step, unwrap(models[-1]))
-    numbers = run_schedule(models, batches, partial(loss_step, step=step), state)
+    numbers = run_schedule(models, batches, partial(loss_step, step=step))
     if numbers:
         return torch.stack(numbers).sum(0)
     return torch.zeros(len(step.kinds) * (1 + NUM_STATISTICS) + 2, device=state.device)

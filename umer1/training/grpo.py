@@ -310,7 +310,7 @@ class GRPOTrainer(Trainer):
             return update_step(iterator, model, step)
 
         with self.watch.phase("forward and backward"):
-            collected = run_schedule(self.models, batches, learn, self.state)
+            collected = run_schedule(self.models, batches, learn)
         numbers = torch.zeros(1 + len(TOKEN_STATISTICS), device=self.state.device)
         if collected:
             numbers = torch.stack(collected).sum(0)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from umer1.distributed.parallel import ParallelState
 from umer1.models.fp8_amax import amax_kept
 
 
@@ -15,7 +14,6 @@ def run_schedule(
     models: list[torch.nn.Module],
     batches: list[Any],
     step_func: Callable,
-    state: ParallelState,
     forward_only: bool = False,
 ) -> list:
     """none, 1F1B or interleaved; what the last stage's loss function returned for each micro-batch ([] elsewhere).

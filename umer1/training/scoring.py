@@ -86,9 +86,7 @@ class Scorer:
         logprobs, entropy = flat[:tokens], flat[tokens : 2 * tokens]
         embeddings = flat[2 * tokens :].view(rollouts, hidden)
         batches = [batch for part in parts for batch in part]
-        passed = run_schedule(
-            models, batches, partial(policy_step.score_step, step=step), self.state, forward_only=True
-        )
+        passed = run_schedule(models, batches, partial(policy_step.score_step, step=step), forward_only=True)
         for places, values, entropies, numbers, rows in passed:
             logprobs[places], entropy[places] = values, entropies
             embeddings[numbers] = rows
@@ -102,7 +100,7 @@ class Scorer:
         logprobs = torch.zeros(scored.round_.num_tokens, device=self.state.device)
         batches = [batch for part in scored.parts for batch in part]
         function = partial(policy_step.score_step, step=scored.step, embeddings=False)
-        for places, values, *_ in run_schedule(models, batches, function, self.state, forward_only=True):
+        for places, values, *_ in run_schedule(models, batches, function, forward_only=True):
             logprobs[places] = values
         return self._from_last_stage(logprobs)
 
