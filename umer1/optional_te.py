@@ -26,8 +26,6 @@ class _Guard(MetaPathFinder):
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         if name != PACKAGE:
             return None
-        if self.fault:
-            raise ModuleNotFoundError(self.fault, name=PACKAGE)
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(self, spec.loader)
@@ -42,6 +40,8 @@ class _Loader(Loader):
         return self.own.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self.guard.fault:  # megatron-core's modules ask one after the other
+            raise ModuleNotFoundError(self.guard.fault, name=PACKAGE)
         module.__loader__ = module.__spec__.loader = self.own  # nobody behind this sees the guard
         try:
             self.own.exec_module(module)
