@@ -9,7 +9,8 @@ from data_tools import record, write_records
 from umer1.data.dataset import PairDataset
 from umer1.mining.config import MineConfig
 from umer1.mining.corpus import Corpus, Sides, read_corpus
-from umer1.mining.select import select
+from umer1.mining.select import Mined, select
+from umer1.mining.write import write_mined
 
 
 def draw(rng: np.random.Generator, across: bool):
@@ -93,3 +94,18 @@ def test_responses_cost_something_in_gen_alone(tmp_path):
         for sides, name in ((corpus.queries, "qry"), (corpus.candidates, "pos")):
             human, gpt = (turn["value"] for turn in record(7)[name]["conversations"])
             assert [item.text for item in sides.inputs] == [human + gpt if mode == "gen" else human]
+
+
+def test_media_names_that_are_no_unicode_are_read_back(tmp_path):
+    """Half a surrogate pair went into the file as bytes, and no JSON list with such bytes can be read."""
+    records = [record(0), record(1)]
+    records[1]["pos"]["image"] = "caf\udce9.png"
+    for lines in (False, True):
+        dataset = PairDataset(write_records(tmp_path / "pairs.json", records, lines=lines), None)
+        corpus = read_corpus(dataset, "disc", across_data_sets=False)
+        scores = np.zeros(2, dtype=np.float32)
+        mined = Mined(np.array([[1], [0]]), scores[:, None], scores, np.zeros(2), np.zeros(2))
+        config = MineConfig(input=str(dataset.path), output=str(tmp_path / "mined.json"))
+        write_mined(config, dataset, corpus, mined, {})
+        negatives = [pair.negatives[0].images for pair in map(PairDataset(config.output, None).read, range(2))]
+        assert negatives == [("caf\udce9.png",), ()]

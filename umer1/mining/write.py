@@ -50,7 +50,7 @@ def _with_negatives(config: MineConfig, dataset: PairDataset, corpus: Corpus, mi
             if negative not in kept:
                 kept.append(negative)
     record["neg"] = kept
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _account(config: MineConfig, dataset: PairDataset, corpus: Corpus, mined: Mined) -> dict[str, Any]:
