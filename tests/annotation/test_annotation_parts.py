@@ -22,6 +22,7 @@ from umer1.annotation.client import Answer, Client, Failed, Refused, seconds_of
 from umer1.annotation.config import AnnotateConfig, FilterConfig, InputFile
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
+from umer1.annotation.request import request_body
 from umer1.annotation.samples import Broken, side_key
 from umer1.annotation.selection import balanced_quotas
 from umer1.annotation.sources import read_samples
@@ -124,6 +125,14 @@ def test_journal_survives_any_cut(tmp_path):
         assert journal.read(keys[3]) == answer("d")
         journal.close()
         path.write_bytes(whole)
+
+
+def test_a_teacher_whose_directory_is_no_unicode(tmp_path):
+    name = "caf\udce9"
+    for _ in range(2):
+        Journal(tmp_path / "journal.jsonl", {"teacher_model": name}).close()
+    config = TeacherConfig(endpoint="http://127.0.0.1/v1", teacher_model=name)
+    assert json.loads(request_body(Side("a side"), config, MediaRoot(tmp_path)))["model"] == name
 
 
 def test_journal_refuses_damage_and_a_second_writer(tmp_path):

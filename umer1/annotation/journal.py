@@ -100,7 +100,7 @@ class Journal:
                     ) from None
                 self._end += len(line)
         if self._end == 0:
-            header = json.dumps({"journal": 1, "settings": settings}, ensure_ascii=False).encode() + b"\n"
+            header = json.dumps({"journal": 1, "settings": settings}).encode() + b"\n"
             self._write(header)
             fsync_directory(self.path.parent)
             self._end = len(header)

@@ -38,7 +38,7 @@ def request_body(side: Side, config: TeacherConfig, media: MediaRoot) -> bytes:
     }
     if config.keep_special_tokens:  # not in every protocol: it is sent where it is wanted alone
         body["skip_special_tokens"] = False
-    return json.dumps(body, ensure_ascii=False).encode()
+    return json.dumps(body).encode()
 
 
 def _image(jpeg: str) -> dict[str, Any]:
