@@ -41,7 +41,8 @@ def run(tmp_path):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     records = [{"iteration": n, "loss": 3.0 - n / 10, "grad_norm": None} for n in (5, 6, 7)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"iteration": 8, "lo')
+    damage = b'7\n\xff\n{"iteration": 8, "lo'
+    (folder / "metrics.jsonl").write_bytes("".join(json.dumps(r) + "\n" for r in records).encode() + damage)
     note_start(folder, 0, pairs_of(["b", "a", "b"], np.array([0, 2, 1, 0])))
     return folder
 

@@ -113,11 +113,11 @@ def _last_record(save: Path, step: int | None) -> dict[str, Any]:
     """The last record of a training step, none after `step`."""
     path = save / "metrics.jsonl"
     last: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # a line that a killed run cut off
-        if "loss" in record and (step is None or record["iteration"] <= step):
+            continue  # a line that a killed run or a lost disk cut off
+        if isinstance(record, dict) and "loss" in record and (step is None or record["iteration"] <= step):
             last = record
     return last
