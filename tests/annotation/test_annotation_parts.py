@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from umer1.annotation.answers import AnswerFilter, Fault, repeated_share
 from umer1.annotation.ask import Asker, Question
-from umer1.annotation.client import Answer, Client, Failed, Refused, seconds_of
+from umer1.annotation.client import Answer, Client, Failed, Refused, Stopped, seconds_of
 from umer1.annotation.config import AnnotateConfig, FilterConfig, InputFile
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
@@ -379,6 +379,18 @@ def test_waits_have_a_bound_however_many_attempts():
     config = TeacherConfig(endpoint="http://127.0.0.1/v1", teacher_model="toy", max_backoff_seconds=0.5)
     client = Client(config, None, threading.Event())
     assert all(0 <= client._delay(attempt, None) <= 0.5 for attempt in (0, 10, 2000))
+
+
+def test_a_long_wait_is_said_once_for_all_that_wait(capsys):
+    """Every thread of a run may wait an hour as the server asked: nothing said why nothing came."""
+    stop = threading.Event()
+    stop.set()  # nobody waits here
+    client = Client(TeacherConfig(endpoint="http://127.0.0.1/v1", teacher_model="toy"), None, stop)
+    for seconds in (20.0, 600.0, 601.0, 10.0, 900.0):
+        with pytest.raises(Stopped):
+            client._wait(seconds, "status 429: slow")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"umer1 annotate: status 429: slow; the next attempt is in {n} s" for n in (600, 900)]
 
 
 def test_retry_after_forms():

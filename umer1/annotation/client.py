@@ -7,6 +7,7 @@ import random
 import re
 import select
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from umer1.errors import UserError
 
 _MAX_REPLY_BYTES = 64 * 2**20
 _MAX_RETRY_AFTER = 3600.0
+_LONG_WAIT = 20.0  # seconds; a longer one is said, since a run that waits shows no progress
 # Codes that no second attempt mends, and that concern every request alike.
 _SETUP_CODES = (401, 402, 403, 404, 405)
 _RETRIED_CODES = (408, 409, 425, 429)
@@ -84,6 +86,7 @@ class Client:
         self._address = urlsplit(config.endpoint)
         self._path = self._address.path.rstrip("/") + "/chat/completions"
         self._local = threading.local()
+        self._said_until = 0.0  # on the monotonic clock: a wait up to then is known
 
     def ask(self, body: bytes) -> Answer | Refused | Failed:
         """Ask until there is an answer, a refusal, or `max_attempts` are used up.
@@ -96,9 +99,18 @@ class Client:
                 return self._judge(*self._exchange(body))
             except _Retry as error:
                 detail = self._hidden(str(error))
-                if attempt + 1 < self.config.max_attempts and self.stop.wait(self._delay(attempt, error.after)):
-                    raise Stopped from None
+                if attempt + 1 < self.config.max_attempts:
+                    self._wait(self._delay(attempt, error.after), detail)
         return Failed(f"{detail} (attempt {self.config.max_attempts} of {self.config.max_attempts})")
+
+    def _wait(self, seconds: float, why: str) -> None:
+        """Stopped when the run ends meanwhile.  A long wait is said once for all threads that wait about as long."""
+        end = time.monotonic() + seconds
+        if seconds > _LONG_WAIT and end > self._said_until + _LONG_WAIT:
+            self._said_until = end
+            print(f"umer1 annotate: {why}; the next attempt is in {seconds:.0f} s", file=sys.stderr, flush=True)
+        if self.stop.wait(seconds):
+            raise Stopped from None
 
     def _delay(self, attempt: int, after: float | None) -> float:
         """Full jitter: any part of a bound that doubles; behind a Retry-After, a little of it on top."""
