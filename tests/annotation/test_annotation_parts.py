@@ -23,8 +23,8 @@ from umer1.annotation.config import AnnotateConfig, FilterConfig, InputFile
 from umer1.annotation.journal import Journal
 from umer1.annotation.media import Library
 from umer1.annotation.request import request_body
-from umer1.annotation.samples import Broken, side_key
-from umer1.annotation.selection import balanced_quotas
+from umer1.annotation.samples import Broken, Sample, side_key
+from umer1.annotation.selection import Selection, balanced_quotas
 from umer1.annotation.sources import read_samples
 from umer1.annotation.teacher_config import TeacherConfig
 from umer1.data.bad_samples import BadSample
@@ -191,6 +191,17 @@ def test_a_full_disk_leaves_no_half_line_behind(tmp_path, monkeypatch):
 )
 def test_quotas(there, count, expected):
     assert tuple(balanced_quotas(dict(zip("ivd", there, strict=True)), count).values()) == expected
+
+
+def test_a_pair_that_inputs_of_two_modalities_have_is_chosen_once(tmp_path):
+    """Twice in the RL file it would be its own negative in a comparison."""
+    modalities = ("image", "document")
+    pairs = [
+        Sample(f"{m}:{i}", "toy", m, Side(f"query {i}"), Side(f"answer {i}")) for m in modalities for i in range(4)
+    ]
+    selection = Selection(6, 0, MediaRoot(tmp_path))
+    assert selection.scan(pairs) == 8
+    assert sorted(sample.id for sample in selection.chosen()) == [f"image:{i}" for i in range(4)]
 
 
 ROWS = {

@@ -53,10 +53,12 @@ class Selection:
 
     def chosen(self) -> list[Sample]:
         """The pairs, fewer where there are not enough; those whose media cannot be opened are left out."""
-        usable = {
-            modality: [sample for *_, sample in sorted(heap, reverse=True) if _has_media(sample, self.media)]
-            for modality, heap in self._heaps.items()
-        }
+        usable: dict[str, list[Sample]] = {}
+        taken: set[str] = set()  # a pair that two inputs have as different modalities is of the first
+        for modality, heap in self._heaps.items():
+            drawn = [entry for entry in sorted(heap, reverse=True) if entry[1] not in taken]
+            taken |= {content for _, content, _ in drawn}
+            usable[modality] = [sample for *_, sample in drawn if _has_media(sample, self.media)]
         if self.difficulty is not None:
             usable = self.difficulty.keep(usable)
         quotas = balanced_quotas({modality: len(found) for modality, found in usable.items()}, self.count)
