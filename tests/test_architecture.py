@@ -6,15 +6,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {
-    *("errors", "files", "paths", "atomic_directory", "configuration", "device", "progress", "processes"),
+    *("errors", "files", "rules", "atomic_directory", "configuration", "device", "progress", "processes"),
     "__version__",
 }
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "atomic_directory": {"files", "errors"},
-    "paths": set(),
-    "configuration": {"errors", "paths"},
+    "rules": set(),
+    "configuration": {"errors", "rules"},
     "optional_te": set(),
     "device": {"optional_te"},
     "progress": set(),

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from umer1.errors import ConfigError, UserError
-from umer1.paths import cannot_be_looked_at
+from umer1.rules import cannot_be_looked_at
 
 C = TypeVar("C")
 

@@ -10,7 +10,7 @@ from typing import Literal
 from umer1.annotation.teacher_config import TeacherConfig
 from umer1.distributed.parallel import launched_world_size
 from umer1.inference.engine import EngineConfig
-from umer1.paths import cannot_be_looked_at, data_root_problems, path_problems, same_place
+from umer1.rules import bound_problems, cannot_be_looked_at, data_root_problems, path_problems, same_place
 
 MODALITIES = ("image", "video", "document")
 MODALITY_OF_LAYOUT = {
@@ -98,10 +98,8 @@ class AnnotateConfig:
     def violations(self) -> list[str]:
         required = ("inputs", "data_root", "output", "tokenizer")
         found = [f"--{name.replace('_', '-')} is required" for name in required if not getattr(self, name)]
-        least_values = {"pairs_per_shard": 1, "rl_pairs": 0, "rl_oversampling": 1, "rl_min_rank": 1}
-        for name, least in least_values.items():
-            if getattr(self, name) < least:
-                found.append(f"{name}={getattr(self, name)} must be {least} or above")
+        found += bound_problems(self, 1, "pairs_per_shard", "rl_oversampling", "rl_min_rank")
+        found += bound_problems(self, 0, "rl_pairs")
         if not 0 < self.rl_max_rank_share <= 1:
             found.append(f"rl_max_rank_share={self.rl_max_rank_share} must be above 0 and at most 1")
         found += self._rl_from_violations()
@@ -176,8 +174,7 @@ class FilterConfig:
     """Share of an answer's n-grams that stood in it before; above it the answer is filtered (repetition)."""
 
     def violations(self) -> list[str]:
-        names = ("max_reasoning_tokens", "max_summary_tokens", "repetition_ngram")
-        found = [f"{name}={getattr(self, name)} must be 1 or above" for name in names if getattr(self, name) < 1]
+        found = bound_problems(self, 1, "max_reasoning_tokens", "max_summary_tokens", "repetition_ngram")
         if not 0 <= self.max_repetition <= 1:
             found.append(f"max_repetition={self.max_repetition} must lie between 0 and 1")
         return found
@@ -200,6 +197,6 @@ class AnnotateCommand:
                 found.append(f"{launched_world_size()} processes were started; annotate is one process")
             if not self.annotate.rl_pairs:
                 found.append(f"model={self.engine.model!r} ranks the pairs for RL; --rl-pairs says how many")
-        elif self.engine.num_frames < 1:
-            found.append(f"num_frames={self.engine.num_frames} must be 1 or above")
+        else:
+            found += bound_problems(self.engine, 1, "num_frames")
         return found

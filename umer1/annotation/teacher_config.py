@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from umer1.paths import path_problems
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
+from umer1.rules import bound_problems, path_problems
 
 TEACHER_PROMPT = (
     "The above is one input for a search system: text, pictures, frames of a video, or several of them together. Think "
@@ -84,13 +84,9 @@ class TeacherConfig:
             found.append(f"endpoint={self.endpoint!r} {problem}; use http[s]://HOST[:PORT]/v1")
         if self.api_key_env:
             found += _key_problem(self.api_key_env)
-        least = {"max_answer_tokens": 1, "max_image_pixels": 784, "max_frame_pixels": 784, "max_source_pixels": 1}
-        least |= {"concurrency": 1, "max_attempts": 1, "stop_after_failures": 1}
-        found += [
-            f"{name}={getattr(self, name)} must be {low} or above"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
+        found += bound_problems(self, 784, "max_image_pixels", "max_frame_pixels")
+        counts = ("max_answer_tokens", "max_source_pixels", "concurrency", "max_attempts", "stop_after_failures")
+        found += bound_problems(self, 1, *counts)
         positive = ("request_timeout_seconds", "connect_timeout_seconds", "backoff_seconds", "max_backoff_seconds")
         found += [
             f"{name}={getattr(self, name)} must be above 0" for name in positive if not 0 < getattr(self, name) < 1e6

@@ -22,7 +22,7 @@ from typing import Any
 
 from umer1.atomic_directory import aside_path, publish, remove
 from umer1.files import write_json, write_text
-from umer1.paths import cannot_be_looked_at
+from umer1.rules import cannot_be_looked_at
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weights import load_hf, stored_dtype, unwrap
-from umer1.paths import cannot_be_looked_at
+from umer1.rules import cannot_be_looked_at
 
 ASSETS = "hf"  # folder of a checkpoint with config.json, tokenizer and processor settings
 

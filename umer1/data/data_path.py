@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from umer1.paths import path_problems
+from umer1.rules import path_problems
 
 _FORMS = "give PATH, PATH PATH ..., or WEIGHT PATH WEIGHT PATH ..."
 

@@ -27,8 +27,8 @@ from umer1.data.sampler import BlockSampler
 from umer1.data.schema import EncodedPair, PromptPair
 from umer1.data.vision import DecodeWork
 from umer1.files import dispensable
-from umer1.paths import data_root_problems
 from umer1.processes import end_with_parent
+from umer1.rules import bound_problems, data_root_problems
 
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
 
@@ -86,12 +86,7 @@ class DataConfig:
         at_least_one = ["seq_length", "global_batch_size", "micro_batch_size", "data_block_size", "prefetch_factor"]
         at_least_one += ["max_tokens_per_micro_batch", "max_patches_per_micro_batch", "max_frames", "num_frames"]
         at_least_one += ["max_source_pixels", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"]
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{name}={value} must be 1 or above")
-        if self.num_workers < 0:
-            found.append(f"num_workers={self.num_workers} must be 0 or above")
+        found += bound_problems(self, 1, *at_least_one) + bound_problems(self, 0, "num_workers")
         if not 0 <= self.max_bad_sample_fraction <= 1:
             found.append(f"max_bad_sample_fraction={self.max_bad_sample_fraction} must be between 0 and 1")
         for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):

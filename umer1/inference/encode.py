@@ -26,7 +26,7 @@ from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import bad_inputs_message, read_inputs
 from umer1.inference.planning import plan_batches
 from umer1.inference.runner import BadInput, Encoded, Runner, inspect_together
-from umer1.paths import path_problems, same_place
+from umer1.rules import path_problems, same_place
 
 
 @dataclass(kw_only=True, slots=True)

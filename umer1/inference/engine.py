@@ -25,6 +25,7 @@ from umer1.models.embedding import read_embedding
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.model import Qwen2VL, build_model
+from umer1.rules import bound_problems
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,9 +74,9 @@ class EngineConfig:
         found = [] if self.model else ["--model is required"]
         if self.fp32 and self.bf16:
             found.append("fp32 and bf16 are both set; choose one")
-        for name in ("max_input_tokens", "max_tokens_per_batch", "max_patches_per_batch", "num_frames"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        found += bound_problems(
+            self, 1, "max_input_tokens", "max_tokens_per_batch", "max_patches_per_batch", "num_frames"
+        )
         if not 0 < self.kv_cache_gib < float("inf"):
             found.append(f"kv_cache_gib={self.kv_cache_gib} must be a finite number above 0")
         return found + self.parallel().violations(world_size=launched_world_size())

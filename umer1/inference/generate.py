@@ -15,6 +15,7 @@ from umer1.data.schema import Sequence
 from umer1.inference.engine import Engine
 from umer1.inference.sampling import sample_key, uniform
 from umer1.models.embedding import read_embedding
+from umer1.rules import bound_problems
 
 # Rows of finished sequences are dropped from the cache once they make up this share of it: each drop copies the cache.
 _DROP_SHARE = 0.25
@@ -43,9 +44,7 @@ class GenerationConfig:
 
     def violations(self) -> list[str]:
         found = []
-        for name in ("max_new_tokens", "max_sequences", "mean_of_samples"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        found += bound_problems(self, 1, "max_new_tokens", "max_sequences", "mean_of_samples")
         if not 0.0 <= self.temperature < float("inf"):
             found.append(f"temperature={self.temperature} must be 0 (greedy) or above")
         if self.mean_of_samples > 1 and self.temperature == 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from umer1.inference.engine import EngineConfig
-from umer1.paths import data_root_problems, path_problems, same_place
+from umer1.rules import bound_problems, data_root_problems, path_problems, same_place
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,9 +44,7 @@ class MineConfig:
 
     def violations(self) -> list[str]:
         found = [f"--{name} is required" for name in ("input", "output") if not getattr(self, name)]
-        for name in ("num_negatives", "top_k", "save_every", "num_workers"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        found += bound_problems(self, 1, "num_negatives", "top_k", "save_every", "num_workers")
         if not 0 <= self.skip_top < self.top_k:
             found.append(f"skip_top={self.skip_top} must be at least 0 and below top_k={self.top_k}")
         for name in ("relative_margin", "absolute_margin"):

@@ -14,6 +14,7 @@ from megatron.core.utils import get_te_version, is_te_min_version
 
 from umer1 import device
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
+from umer1.rules import bound_problems
 
 # The CUDA compute capability that each recipe's kernels begin with.
 CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -80,9 +81,7 @@ class FP8Config:
                 "different steps, would cast their parts of a weight with different scales, and each would read all "
                 "parts with its own"
             )
-        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-            if getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)} must be 0 or above")
+        found += bound_problems(self, 0, "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
         return found
 
     def machine_violations(self) -> list[str]:

@@ -8,6 +8,7 @@ from umer1.errors import UserError
 from umer1.plan.hardware import find_hardware
 from umer1.plan.shapes import ShapeName
 from umer1.plan.workload import Side
+from umer1.rules import bound_problems
 from umer1.training.config import SFTConfig
 from umer1.training.policy_config import GRPOConfig
 
@@ -41,12 +42,8 @@ class PlanConfig:
 
     def violations(self) -> list[str]:
         found = []
-        for name in ("world_size", "gpus_per_node", "text_tokens", "rollout_tokens"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
-        for name in ("response_tokens", "patches_per_side"):
-            if getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)} must be 0 or above")
+        found += bound_problems(self, 1, "world_size", "gpus_per_node", "text_tokens", "rollout_tokens")
+        found += bound_problems(self, 0, "response_tokens", "patches_per_side")
         if self.patches_per_side % 4:
             found.append(f"patches_per_side={self.patches_per_side} must be a multiple of 4: 2 x 2 make a token")
         for name in ("assumed_utilisation", "assumed_bandwidth"):

@@ -25,7 +25,7 @@ from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory, asset_texts
 from umer1.models.qwen2_vl.weights import agree
-from umer1.paths import path_problems
+from umer1.rules import path_problems
 from umer1.training.background import Background
 from umer1.training.rng import set_rng_state
 from umer1.training.snapshot import (

@@ -14,7 +14,7 @@ from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, launched_world_size
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
-from umer1.paths import cannot_be_looked_at, path_problems
+from umer1.rules import cannot_be_looked_at, path_problems
 from umer1.training.config import SFTConfig
 from umer1.training.engines import engine_violations
 from umer1.training.policy_config import GRPOConfig

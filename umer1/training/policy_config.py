@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
-from umer1.paths import path_problems
 from umer1.rl.config import RolloutConfig
 from umer1.rl.scoring import RewardConfig
+from umer1.rules import bound_problems, path_problems
 from umer1.training.config import StageConfig
 from umer1.training.optimizer import OptimizerConfig
 
@@ -45,9 +45,7 @@ class PolicyConfig:
             found.append(f"beta={self.beta} must be 0 (no KL penalty) or above")
         if self.importance_sampling_cap is not None and not self.importance_sampling_cap > 0:
             found.append(f"importance_sampling_cap={self.importance_sampling_cap} must be above 0; 2 is usual")
-        for name in ("inner_epochs", "mini_batches", "dynamic_sampling_rounds"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        found += bound_problems(self, 1, "inner_epochs", "mini_batches", "dynamic_sampling_rounds")
         return found
 
 

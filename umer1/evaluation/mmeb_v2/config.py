@@ -7,8 +7,8 @@ from typing import Literal
 from umer1.evaluation.adaptive import AdaptiveRule
 from umer1.inference.engine import EngineConfig
 from umer1.inference.generate import GenerationConfig
-from umer1.paths import path_problems, same_place
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
+from umer1.rules import bound_problems, path_problems, same_place
 
 Mode = Literal["disc", "gen"]
 
@@ -75,14 +75,11 @@ class MMEBConfig:
             found.append("--data-root is required")
         for name in ("data_root", "stored", "from_reference"):
             found += path_problems(name, getattr(self, name), Path.is_dir, "is not a directory")
-        for name in ("save_every", "num_workers"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        found += bound_problems(self, 1, "save_every", "num_workers")
         source = self.stored or self.from_reference
         if source and self.output and same_place(source, self.output):
             found.append(f"output={self.output!r} is what is scored; name another directory for its results")
-        if self.max_queries is not None and self.max_queries < 1:
-            found.append(f"max_queries={self.max_queries} must be 1 or above")
+        found += bound_problems(self, 1, "max_queries")
         if self.max_queries is not None and source:
             found.append(f"max_queries={self.max_queries} is for runs of a model; what is stored is scored whole")
         if self.unpickle and not self.from_reference:
@@ -119,8 +116,7 @@ class MMEBCommand:
     def violations(self) -> list[str]:
         found = self.eval.violations()
         if not self.eval.needs_model:
-            frames = self.engine.num_frames
-            return found + ([f"num_frames={frames} must be 1 or above"] if frames < 1 else [])
+            return found + bound_problems(self.engine, 1, "num_frames")
         return found + self.engine.violations() + self.generation.violations() + self._vllm_violations()
 
     def _vllm_violations(self) -> list[str]:

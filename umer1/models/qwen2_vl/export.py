@@ -14,7 +14,7 @@ from umer1.files import write_json, write_text
 from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
 from umer1.models.qwen2_vl.safetensors_index import INDEX_NAME, SINGLE_NAME
 from umer1.models.qwen2_vl.weight_table import hf_shapes
-from umer1.paths import cannot_be_looked_at
+from umer1.rules import cannot_be_looked_at
 
 MARKER = "umer1_export.json"  # a directory that holds it was written here and may be replaced
 MAX_SHARD_BYTES = 5 << 30

@@ -29,6 +29,7 @@ from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.vllm_assets import check_head_size, dtype_name, save_engine_assets
 from umer1.rl.engines.vllm_process import server_command, start
 from umer1.rl.engines.vllm_remote import TOKEN_VARIABLE, model_description, token
+from umer1.rules import bound_problems
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,9 +55,7 @@ class ServeConfig:
 
     def violations(self) -> list[str]:
         found = [] if self.model else ["--model is required"]
-        for name in ("max_model_len", "max_sequences", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}={getattr(self, name)} must be 1 or above")
+        found += bound_problems(self, 1, "max_model_len", "max_sequences", "tensor_parallel_size")
         if not 0 <= self.port < 65536:
             found.append(f"port={self.port} must be 0 to 65535")
         if not 0 < self.gpu_memory_utilization <= 1:

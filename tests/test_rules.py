@@ -1,8 +1,16 @@
-"""Rules about paths hold for paths that lead nowhere, too."""
+"""Bounds of numbers; rules about paths hold for paths that lead nowhere, too."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
-from umer1.paths import path_problems, same_place
+from umer1.rules import bound_problems, path_problems, same_place
+
+
+def test_each_number_below_its_bound_is_a_violation():
+    settings = SimpleNamespace(lines=0, words=1, letters=None, pages=-1)
+    names = ("lines", "words", "letters", "pages")
+    assert bound_problems(settings, 1, *names) == ["lines=0 must be 1 or above", "pages=-1 must be 1 or above"]
+    assert bound_problems(settings, 0, *names) == ["pages=-1 must be 0 or above"]
 
 
 def test_a_rule_is_one_violation_whatever_the_system_says(tmp_path):

@@ -1,8 +1,19 @@
-"""Rules about the paths that settings name: each is one violation beside the others, whatever the system says."""
+"""Rules that settings of many sections share.  Each broken one is a violation beside the others, whatever a path is."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def bound_problems(settings: Any, least: int, *names: str) -> list[str]:
+    """The violations of those settings that are numbers below `least`; None is no number."""
+    values = {name: getattr(settings, name) for name in names}
+    return [
+        f"{name}={value} must be {least} or above"
+        for name, value in values.items()
+        if value is not None and value < least
+    ]
 
 
 def cannot_be_looked_at(place: object, error: OSError) -> str:
