@@ -235,6 +235,7 @@ def test_moments_without_the_right_clip_or_without_any(tmp_path):
     (tmp_path / frames / "video_0").rename(tmp_path / frames / "elsewhere")
     (tmp_path / frames / "video_1/positive_clip").rename(tmp_path / frames / "video_1/negative_clip_9")
     write_frames(tmp_path / frames / "video_2/positive_clip_1", 2, np.random.default_rng(FRESH))
+    (tmp_path / frames / "video_1/.ipynb_checkpoints").mkdir()
     task = read_task(TASKS["QVHighlight"], tmp_path)
     gone, wrong, two = task.queries
     right = f"{frames}/video_0/positive"

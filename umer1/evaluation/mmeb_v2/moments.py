@@ -23,7 +23,8 @@ def read_moments(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
 
     The frames' folder of a video holds `query` (the whole video) and one folder a clip, the right one's name beginning
     with `positive`.  Clips are called by their folders, relative to the data root, in natural order; the reference
-    evaluation has absolute paths in the disk's order.  A video without a right clip has one that is missing.
+    evaluation has absolute paths in the disk's order.  Hidden folders (.ipynb_checkpoints) are no clips.  A video
+    without a right clip has one that is missing.
     """
     options, frames = spec.options, frames_folder(spec, tree)
     annotation = tree.annotation(options["places"], subset=options["subset"], split=options["split"])
@@ -32,7 +33,7 @@ def read_moments(spec: TaskSpec, tree: MediaTree, num_frames: int) -> TaskData:
     for where, row in numbered_rows(annotation, ("query", "video_path")):
         file = posixpath.basename(name_field(row, "video_path", where))
         folder = f"{frames}/{posixpath.splitext(file)[0]}"
-        names = [f"{folder}/{clip}" for clip in tree.folders(folder) if clip != "query"]
+        names = [f"{folder}/{clip}" for clip in tree.folders(folder) if clip != "query" and clip[0] != "."]
         right = [name for name in names if posixpath.basename(name).startswith("positive")]
         if not right:
             right = [f"{folder}/positive"]
