@@ -90,7 +90,9 @@ def test_the_card_says_what_a_file_is(tmp_path):
     write_table(tmp_path / "set/odd/one.parquet", [{"a": 1}])
     write_table(tmp_path / "set/odd/two.jsonl", [{"a": 2}])
     write_table(tmp_path / "set/test.jsonl", [{"a": 3}])
-    write_readme(tmp_path / "set", {"first": {"test": "odd/one.parquet", "train": "odd/*.jsonl"}})
+    write_readme(tmp_path / "set", {"first": {"test": "odd/one.parquet", "train": "**/*two.jsonl"}})
+    for hidden in ("odd/._two.jsonl", ".cache/two.jsonl"):
+        write_table(tmp_path / "set" / hidden, [{"a": 4}])
     assert find_annotation(tmp_path, ["set"], subset="first").rows(["a"]) == [{"a": 1}]
     assert find_annotation(tmp_path, ["set"], subset="first", split="train").rows(["a"]) == [{"a": 2}]
     assert find_annotation(tmp_path, ["set"]).rows(["a"]) == [{"a": 3}]

@@ -132,9 +132,11 @@ def _inside(folder: Path, pattern: str) -> list[Path]:
     if pattern.startswith("/") or ".." in pattern.split("/"):
         raise UserError(f"{folder / 'README.md'}: data_files {pattern!r} leads out of the data set's folder")
     try:
-        return [file for file in folder.glob(pattern) if file.suffix in ENDINGS]
+        found = [file for file in folder.glob(pattern) if file.suffix in ENDINGS]
     except (ValueError, IndexError) as error:  # "" and ".", as pathlib has it
         raise UserError(f"{folder / 'README.md'}: data_files {pattern!r} is no pattern ({error})") from None
+    # hidden ones are none, as for the hub's own readers: what macOS puts beside a file, a downloader's cache
+    return [file for file in found if not any(part[0] == "." for part in file.relative_to(folder).parts)]
 
 
 def _literal(name: str) -> str:
