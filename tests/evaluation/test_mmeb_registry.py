@@ -48,10 +48,11 @@ def test_select():
     ]
     assert len(select()) == len(TASKS)
     with pytest.raises(UserError) as error:
-        select(["mscoco_t2", "GQA", "nonsense!"], "visdoc")
+        select(["mscoco_t2", "GQA", "nonsense!", "MSVD,VATEX"], "visdoc")
     assert "'mscoco_t2' is not a task of MMEB-V2 (did you mean MSCOCO_t2i" in str(error.value)
     assert "'GQA' is a task of modality 'image', not 'visdoc'" in str(error.value)
     assert "'nonsense!' is not a task" in str(error.value)
+    assert "'MSVD,VATEX' is not a task of MMEB-V2 (names stand behind --tasks with blanks" in str(error.value)
     with pytest.raises(UserError, match="'audio' must be one of image, video, visdoc"):
         select(modality="audio")
 

@@ -39,6 +39,8 @@ def select(names: Sequence[str] | None = None, modality: str | None = None) -> l
 
 
 def _near(name: str) -> str:
+    if "," in name:
+        return " (names stand behind --tasks with blanks between them)"
     folded = {task.casefold(): task for task in TASKS}
     near = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=3)]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
