@@ -31,14 +31,14 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_grpo.yaml"
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        if launched_rank() == 0:
-            print(help_text(GRPOConfig, __doc__))
-        return
-    if dry_run.is_asked(sys.argv[1:]):
-        with exit_on_user_error("grpo"):
+    with exit_on_user_error("grpo"):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            if launched_rank() == 0:
+                print(help_text(GRPOConfig, __doc__))
+            return
+        if dry_run.is_asked(sys.argv[1:]):
             dry_run.dry_run("grpo", sys.argv[1:], DEFAULT_CONFIG, default_policy_violations)
-        return
+            return
     end_with_launcher()
     with SignalWatch() as signals, exit_on_user_error("grpo"):
         config, directory = read_command_line(

@@ -29,14 +29,14 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "mini_sft.yaml"
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        if launched_rank() == 0:
-            print(help_text(SFTConfig, __doc__))
-        return
-    if dry_run.is_asked(sys.argv[1:]):
-        with exit_on_user_error("pretrain_sft"):
+    with exit_on_user_error("pretrain_sft"):
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            if launched_rank() == 0:
+                print(help_text(SFTConfig, __doc__))
+            return
+        if dry_run.is_asked(sys.argv[1:]):
             dry_run.dry_run("sft", sys.argv[1:], DEFAULT_CONFIG)
-        return
+            return
     end_with_launcher()
     with SignalWatch() as signals, exit_on_user_error("pretrain_sft"):
         config, directory = read_command_line(SFTConfig, sys.argv[1:], DEFAULT_CONFIG, machine_violations)

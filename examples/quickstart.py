@@ -3,9 +3,10 @@
 Draws mini-MMEB, trains the tiny base with all three losses (umer1) and with L_disc alone (dume), goes on from umer1
 with GRPO (on vLLM where it is installed), scores all three on held-out queries, and leaves
 runs/quickstart/results.png.
-Every step is a command that is printed before it runs.
+Every step is a command that is printed before it runs.  NPROC in the environment is the number of processes (2).
 """
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -34,6 +35,7 @@ def torchrun(*command: str) -> tuple[str, ...]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     programs = {
         "umer1": ("examples/pretrain_sft.py",),

@@ -38,7 +38,7 @@ ALLOWED = {
     "report": BASE,
     "conversion": BASE | {"distributed", "models", "checkpoints", "training", "sharing"},
     "checkpoint_command": BASE | {"checkpoints", "conversion"},
-    "cli": {"errors"},
+    "cli": {"errors", "__version__"},
 }
 # Packages that one folder alone may import.
 OWNERS = {

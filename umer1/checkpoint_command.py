@@ -61,14 +61,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-        action.add_argument("path", type=Path, metavar="PATH")
+        action.add_argument("path", type=Path, metavar="PATH", help="a --save directory or one iter_* in it")
         if name in ("list", "verify"):
             action.add_argument("--json", action="store_true", help="one JSON list on standard output")
         if name == "prune":
             action.add_argument(
                 "--keep-latest-checkpoints", type=int, required=True, metavar="N", help="how many whole ones stay"
             )
-            action.add_argument("--keep-every", type=int, default=0, metavar="N", help="multiples of N stay as well")
+            action.add_argument(
+                "--keep-every", type=int, default=0, metavar="N", help="multiples of N stay, too (0: none)"
+            )
             action.add_argument("--dry-run", action="store_true", help="say what would be removed")
         if name == "export":
             action.add_argument("--to-hf", required=True, metavar="DIR", help="directory to write")

@@ -1,9 +1,11 @@
 """The `umer1` command: thin, each subcommand is a module's main(argv)."""
 
+import difflib
 import importlib
 import sys
 
-from umer1.errors import exit_on_user_error
+from umer1 import __version__
+from umer1.errors import UserError, exit_on_user_error
 
 COMMANDS = {
     "convert": ("umer1.conversion", "Hugging Face directory <-> megatron distributed checkpoint"),
@@ -24,17 +26,25 @@ COMMANDS = {
 def main() -> None:
     """Run `umer1 COMMAND ...`."""
     arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: umer1 COMMAND ...   (umer1 COMMAND --help tells more)\n")
-        for name, (_, text) in COMMANDS.items():
-            print(f"  {name:14s} {text}")
-        print("\nTraining: torchrun --nproc-per-node N examples/pretrain_sft.py --help")
-        return
-    if arguments[0] not in COMMANDS:
-        print(f"umer1: error: unknown command {arguments[0]!r}; use {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
-    with exit_on_user_error(f"umer1 {arguments[0]}"):
-        importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+    name = arguments[0] if arguments else "--help"
+    with exit_on_user_error(f"umer1 {name}" if name in COMMANDS else "umer1"):
+        if name in ("-h", "--help"):
+            print(_help())
+        elif name == "--version":
+            print(f"umer1 {__version__}")
+        elif name in COMMANDS:
+            importlib.import_module(COMMANDS[name][0]).main(arguments[1:])
+        else:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            nearest = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"unknown command {name!r}{nearest}; there are {', '.join(COMMANDS)}")
+
+
+def _help() -> str:
+    lines = ["usage: umer1 COMMAND ...   (umer1 COMMAND --help tells more)", ""]
+    lines += [f"  {name:14s} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "Training:  torchrun --nproc-per-node N examples/pretrain_sft.py --help, and examples/grpo.py --help"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class ParallelConfig:
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations computed again in the backward pass: full = whole layers, selective = attention alone."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """With full recomputation: uniform = every group of recompute_num_layers, block = the first ones ."""
+    """With full recomputation: uniform = every group of recompute_num_layers, block = that many layers at
+    the start of each stage."""
     recompute_num_layers: int | None = None
     """With full recomputation: layers per recomputed group (uniform) or recomputed layers (block); default 1."""
     use_distributed_optimizer: bool = True

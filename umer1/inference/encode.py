@@ -3,10 +3,10 @@
     umer1 encode --model DIR --input FILE.jsonl --data-root DIR --mode disc|gen --output FILE.npz
     torchrun --nproc-per-node 8 -m umer1.cli encode ... --tensor-model-parallel-size 2
 
-Input lines are `{"id", "text", "image": path | [paths], "video": [frame paths]}`.  FILE.npz gets `ids` (text) and
-`embeddings` (float32 [N, hidden], L2-normalised) in input order; in gen mode FILE.jsonl gets the responses.  Nothing is
-written unless everything went well; inputs that cannot be embedded stop the command before any work, or are left out
-and listed in FILE.bad.jsonl (--skip-bad-inputs).
+Input lines are `{"id", "text", "image": path | [paths], "video": file | [frame paths]}`.  FILE.npz gets `ids` (text)
+and `embeddings` (float32 [N, hidden], L2-normalised) in input order; in gen mode FILE.jsonl gets the responses.
+Nothing is written unless everything went well; inputs that cannot be embedded stop the command before any work, or are
+left out and listed in FILE.bad.jsonl (--skip-bad-inputs).
 """
 
 import sys
