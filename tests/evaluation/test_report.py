@@ -1,6 +1,7 @@
 """Tables, plots and comparisons of results that were made by the scoring code itself."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from umer1.errors import UserError
 from umer1.evaluation.compare import changes, compare
 from umer1.evaluation.compare import main as compare_main
 from umer1.evaluation.curves import plot_training, read_metrics
+from umer1.evaluation.mmeb_v2.registry import GROUPS, TASKS
+from umer1.evaluation.mmeb_v2.results import make_results, task_entry, write_results
+from umer1.evaluation.mmeb_v2.score import TaskScore
 from umer1.evaluation.modes import GenOutputs, ModeEmbeddings, TaskOutputs, mean_over_tasks, score_task
 from umer1.evaluation.report import evaluation_report, table, write_evaluation
 
@@ -122,10 +126,49 @@ def test_compare_refuses_results_on_other_queries():
         compare({"a": result(0), "b": result(0, fingerprint="other")})
 
 
-def test_compare_names_a_result_of_the_other_benchmark(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps({"benchmark": "mmeb-v2", "tasks": {}, "columns": {}}))
-    with pytest.raises(UserError, match="a result of --benchmark mmeb-v2, where one of --benchmark mini is needed"):
-        compare_main([f"a={tmp_path}"])
+def mmeb_result(scores: dict[str, float], version: str = "v", queries: int = 100) -> dict:
+    """results.json of `umer1 eval --benchmark mmeb-v2` with these tasks; task -> share of 100 queries that hit."""
+    entries = {}
+    for task, share in scores.items():
+        hits = np.arange(queries) < share * queries
+        score = TaskScore({TASKS[task].metric: hits}, {}, [])
+        entries[task] = task_entry(TASKS[task], score, fingerprint=version)
+    return make_results(entries, scoring="gen-gen", about={"notes": []})
+
+
+def test_compare_mmeb_by_modality_and_task(tmp_path, capsys):
+    """From the files: the columns that tasks in common make, their parts named, and the differences in points."""
+    grounding = dict.fromkeys(GROUPS["I-GD"], 0.5)
+    before = mmeb_result({**grounding, "K700": 0.25, "VisRAG_ChartQA": 0.5})
+    after = mmeb_result({**grounding, "MSCOCO": 0.7, "K700": 0.5})
+    for name, made in (("sft", before), ("grpo", after)):
+        write_results(made, tmp_path / name, "results_gen-gen")
+    paths = [f"{name}={tmp_path / name / 'results_gen-gen.json'}" for name in ("sft", "grpo")]
+    compare_main([*paths, "--png", str(tmp_path / "c.png")])
+    modes, columns, tasks, alone = capsys.readouterr().out.strip().split("\n\n")
+    assert modes.splitlines()[2].split() == ["gen-gen", "gen-gen"]
+    rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in columns.splitlines()}
+    assert rows["column"] == ["sft", "grpo", "grpo - sft"]
+    assert [cell.split()[0] for cell in rows["I-GD"]] == ["50.0", "55.0", "+5.0"]  # all four tasks: no count
+    assert [cell.split()[0] for cell in rows["Video (1 of 18 tasks)"]] == ["25.0", "50.0", "+25.0"]
+    assert [cell.split()[0] for cell in rows["All (5 of 78 tasks)"]] == ["45.0", "54.0", "+9.0"]
+    assert "VisDoc" not in columns and len(tasks.splitlines()) == 2 + 5
+    assert next(line for line in tasks.splitlines() if line.startswith("K700")).split()[1:3] == ["hit@1", "100"]
+    assert alone == "of sft alone, left out: VisRAG_ChartQA"
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_compare_refuses_mmeb_results_on_other_data():
+    one = mmeb_result({"K700": 0.25, "MSVD": 0.5})
+    for other in (mmeb_result({"K700": 0.25}, version="w"), mmeb_result({"K700": 0.25}, queries=40)):
+        with pytest.raises(UserError, match="b was scored on other queries or another version of the data than a in K"):
+            compare({"a": one, "b": other})
+    assert "+0.0" in compare({"a": one, "b": mmeb_result({"MSVD": 0.5}, version="")})  # the reference's files name none
+    with pytest.raises(UserError, match="no task stands in all of a, b"):
+        compare({"a": one, "b": mmeb_result({"VATEX": 0.5})})
+    with pytest.raises(UserError, match=r"several benchmarks \(mini, mmeb-v2\)"):
+        compare({"a": one, "b": result(0)})
 
 
 def test_training_curves(tmp_path):

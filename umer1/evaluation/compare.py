@@ -1,9 +1,12 @@
 """`umer1 compare`: the results of several evaluations side by side, such as those before and after GRPO.
 
     umer1 compare sft=runs/eval-sft grpo=runs/eval-grpo --png compare.png
+    umer1 compare disc=runs/mmeb/results_disc-disc.json gen=runs/mmeb/results_gen-gen.json
 
-Scores by mode and task; hit@1 of gen and, query by query, what changed since the first result; pass@k; and the
-responses: length, format, how far apart the embeddings of different thoughts of one input are.
+PATH is what `umer1 eval --output` was given, or a results file in it; the results are of one benchmark and on the same
+data.  mini: scores by mode and task; hit@1 of gen and, query by query, what changed since the first result; pass@k; and
+the responses: length, format, how far apart the embeddings of different thoughts of one input are.  mmeb-v2: scores by
+the paper's columns (the modalities among them) and by task, and what changed since the first result.
 """
 
 import argparse
@@ -14,11 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from umer1.errors import UserError
+from umer1.evaluation.mmeb_v2.compare import compare_mmeb
 from umer1.evaluation.modes import MODES
 from umer1.evaluation.report import (
     RESPONSE_COLUMNS,
     draw_bars,
     draw_pass_at_k,
+    mode_series,
     new_figure,
     percent,
     response_cells,
@@ -41,11 +46,15 @@ def read_result(path: str | Path) -> dict:
         raise UserError(
             f"{path}: cannot be read as a result ({error}); give what `umer1 eval --output` wrote"
         ) from None
-    if isinstance(result, dict) and result.get("benchmark") == "mmeb-v2":
-        raise UserError(f"{path}: a result of --benchmark mmeb-v2, where one of --benchmark mini is needed")
-    if not isinstance(result, dict) or not {"benchmark", "tasks", "mean"} <= set(result):
+    if not isinstance(result, dict) or not {"benchmark", "tasks", "columns" if _is_mmeb(result) else "mean"} <= set(
+        result
+    ):
         raise UserError(f"{path}: not a result of `umer1 eval`")
     return result
+
+
+def _is_mmeb(result: dict) -> bool:
+    return result.get("benchmark") == "mmeb-v2"
 
 
 def compare(results: dict[str, dict], png: str | Path | None = None) -> str:
@@ -53,6 +62,22 @@ def compare(results: dict[str, dict], png: str | Path | None = None) -> str:
 
     UserError where they were not scored on the same queries: such numbers must not stand side by side.
     """
+    benchmarks = {result["benchmark"] for result in results.values()}
+    if len(benchmarks) > 1:
+        raise UserError(f"results of several benchmarks ({', '.join(sorted(benchmarks))}): give those of one")
+    if _is_mmeb(next(iter(results.values()))):
+        text, columns = compare_mmeb(results)
+        if png is not None:
+            figure = new_figure(max(9, 1.2 * len(columns)), 4.2)
+            draw_bars(
+                figure.subplots(), {name: {label: row[name] for label, row in columns.items()} for name in results}
+            )
+            save_figure(figure, png)
+        return text
+    return _compare_mini(results, png)
+
+
+def _compare_mini(results: dict[str, dict], png: str | Path | None) -> str:
     (first_name, first), *others = results.items()
     for name, result in others:
         if _scored_on(result) != _scored_on(first):
@@ -146,10 +171,10 @@ def _figure(results: dict[str, dict]) -> "Figure":
     sampled = _with_samples(results)
     figure = new_figure(13 if sampled else 9, 4.2)
     if not sampled:
-        draw_bars(figure.subplots(), results)
+        draw_bars(figure.subplots(), mode_series(results))
         return figure
     left, right = figure.subplots(1, 2, width_ratios=[2.4, 1])
-    draw_bars(left, results)
+    draw_bars(left, mode_series(results))
     draw_pass_at_k(right, {name: result["mean"] for name, result in sampled.items()})
     return figure
 

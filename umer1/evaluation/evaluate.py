@@ -181,7 +181,7 @@ def _time_adaptive(engine: Engine, queries: _Share, gen: GenSettings, outputs: T
 
 
 def is_well_formed(response: Response, text: str) -> bool:
-    """METHOD's format, written by the model itself to the end."""
+    """the paper's format, written by the model itself to the end."""
     return not response.missing_gen_emb and has_format(text)
 
 

@@ -55,7 +55,7 @@ class GenOutputs:
     texts: list[str]  # [Q]: greedy responses
     sample_texts: list[list[str]]  # [Q][n]
     lengths: np.ndarray  # int64 [Q]: tokens of the greedy response
-    well_formed: np.ndarray  # bool [Q]: the greedy response has METHOD's format
+    well_formed: np.ndarray  # bool [Q]: the greedy response has the paper's format
     missing: np.ndarray  # bool [Q]: the greedy response had no <gen_emb> of its own
     seconds_per_query: float
 

@@ -161,23 +161,31 @@ def save_figure(figure: "Figure", png: str | Path) -> None:
         figure.savefig(aside, format="png", dpi=120)
 
 
-def draw_bars(axes: "Axes", results: dict[str, dict]) -> None:
-    """Grouped bars with standard errors: one group per task and the mean, one bar per model and mode."""
-    tasks = [*next(iter(results.values()))["tasks"], "mean"]
-    series = [(name, mode) for name, result in results.items() for mode in MODES if mode in result["mean"]["score"]]
+def mode_series(results: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """Of mini's results, name -> result: the score of each model and mode by task and as the mean."""
+    series = {}
+    for name, result in results.items():
+        sections = {**result["tasks"], "mean": result["mean"]}
+        for mode in MODES:
+            if mode in result["mean"]["score"]:
+                series[f"{name} {mode}".strip()] = {task: part["score"][mode] for task, part in sections.items()}
+    return series
+
+
+def draw_bars(axes: "Axes", series: dict[str, dict[str, dict]]) -> None:
+    """Grouped bars with standard errors.  series: label -> group -> estimate, the same groups for all labels."""
+    groups = list(next(iter(series.values())))
     width = 0.8 / len(series)
-    for position, (name, mode) in enumerate(series):
-        sections = {**results[name]["tasks"], "mean": results[name]["mean"]}
-        entries = [sections[task]["score"][mode] for task in tasks]
+    for position, (label, entries) in enumerate(series.items()):
         axes.bar(
-            [group + (position - (len(series) - 1) / 2) * width for group in range(len(tasks))],
-            [100 * entry["value"] for entry in entries],
+            [group + (position - (len(series) - 1) / 2) * width for group in range(len(groups))],
+            [100 * entry["value"] for entry in entries.values()],
             width,
-            yerr=[100 * entry["stderr"] for entry in entries],
+            yerr=[100 * entry["stderr"] for entry in entries.values()],
             error_kw={"elinewidth": 0.8},
-            label=f"{name} {mode}".strip(),
+            label=label,
         )
-    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("score, per cent (± standard error)")
     axes.set_ylim(0, 105)
     # above the axes: inside it would hide bars
@@ -186,7 +194,7 @@ def draw_bars(axes: "Axes", results: dict[str, dict]) -> None:
 
 def _evaluation_figure(result: dict) -> "Figure":
     """The modes by task; beside them, where gen mode was run, score over cost and, with samples, pass@k."""
-    panels = [lambda axes: draw_bars(axes, {"": result})]
+    panels = [lambda axes: draw_bars(axes, mode_series({"": result}))]
     if "curve" in result["mean"]:
         panels.append(lambda axes: draw_curve(axes, result["mean"]))
     if result["mean"].get("pass@k"):
