@@ -3,7 +3,7 @@
     pytest perf/bench_infonce.py [--sizes cpu|gpu] [--benchmark-json FILE]
 
 Inputs are L2-normalised with a part in common, so that negatives are hard (cosines of about 0.65 and 0.48), and the
-temperature is 0.02, METHOD's.  Work is counted as 4 matrix products of 2 B N D, whoever makes more or fewer.
+temperature is 0.02, the paper's.  Work is counted as 4 matrix products of 2 B N D, whoever makes more or fewer.
 """
 
 from collections.abc import Callable

@@ -36,7 +36,7 @@ def make_inputs(case: Case, place: torch.device) -> Inputs:
 
 
 def one_side(similarity: torch.Tensor, group: int) -> torch.Tensor:
-    """ranking * margin [R] of the rows of [R, R], ties in index order; METHOD section 5 as one would write it."""
+    """ranking * margin [R] of the rows of [R, R], ties in index order; docs/method.md, 5 as one would write it."""
     count = len(similarity)
     groups = torch.arange(count, device=similarity.device) // group
     own = groups[:, None] == groups

@@ -1,4 +1,4 @@
-"""METHOD section 5 in plain transformers and torch fp64, with nothing of umer1 in it: the truth of the GRPO tests.
+"""docs/method.md, 5 in plain transformers and torch fp64, with nothing of umer1 in it: the truth of the GRPO tests.
 
 The rollouts are given, in the form of SAVE/rollouts/iter_NNNNNNN.jsonl; rewards, advantages, loss and AdamW steps
 follow from them, one response at a time, no padding, no packing.  Also writes the small RL files that the tests train
@@ -106,7 +106,7 @@ def write_fixed_rollouts(
 
 @dataclass(kw_only=True)
 class Settings:
-    """METHOD's names; one AdamW step per rollouts file, inner epoch and mini-batch."""
+    """the paper's names; one AdamW step per rollouts file, inner epoch and mini-batch."""
 
     lr: float
     clip: float = 1.0

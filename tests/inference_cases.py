@@ -54,7 +54,7 @@ def tokenizer(directory: Path) -> Tokenizer:
 
 
 def reference_model(directory: Path) -> torch.nn.Module:
-    """transformers' model of the directory in fp32; added embedding tokens start as METHOD section 1 says."""
+    """transformers' model of the directory in fp32; added embedding tokens start as docs/method.md, 1 says."""
     from transformers import Qwen2VLForConditionalGeneration
 
     model = Qwen2VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""METHOD section 4 in plain transformers and torch, with nothing of umer1 in it: the truth of the SFT tests.
+"""docs/method.md, 4 in plain transformers and torch, with nothing of umer1 in it: the truth of the SFT tests.
 
 One process, one sequence at a time, no padding, no packing, torch's AdamW.  Also writes the small data files that the
 tests train on.
@@ -58,7 +58,7 @@ def write_pairs(root: Path, count: int = 8, *, seed: int = 0, negatives: bool = 
 
 
 class Reference:
-    """A transformers model with the embedding tokens added as METHOD section 1 says."""
+    """A transformers model with the embedding tokens added as docs/method.md, 1 says."""
 
     def __init__(self, directory: Path, dtype: torch.dtype = torch.float32):
         from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration

@@ -1,4 +1,4 @@
-"""The fixed words of METHOD section 2."""
+"""The fixed words of docs/method.md, 2."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Advantages, loss and logged sums against numpy in fp64, written from METHOD section 5 one response at a time."""
+"""Advantages, loss and logged sums against numpy in fp64, written from docs/method.md, 5 one response at a time."""
 
 import math
 

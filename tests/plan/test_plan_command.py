@@ -40,7 +40,7 @@ def test_recipes(stage, size, world_size, capsys):
     parallel = plan.setup.parallel
     recomputed = parallel.recompute_num_layers if parallel.recompute_granularity == "full" else 0
     assert (recomputed, parallel.recompute_method) == (plan.least_recomputation, "block" if recomputed else None)
-    assert plan.setup.config.data.global_batch_size == (1024 if stage == "sft" else 32)  # METHOD's
+    assert plan.setup.config.data.global_batch_size == (1024 if stage == "sft" else 32)  # the paper's
     assert parallel.overlap_grad_reduce is parallel.overlap_param_gather is (plan.setup.layout.dp > 1)
 
 

@@ -1,4 +1,4 @@
-"""Rewards against plain Python written from METHOD section 5, ties included, and hand-computed literals."""
+"""Rewards against plain Python written from docs/method.md, 5, ties included, and hand-computed literals."""
 
 import dataclasses
 import math

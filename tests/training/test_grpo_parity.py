@@ -1,4 +1,4 @@
-"""examples/grpo.py on fixed rollouts, exported, against METHOD section 5 in plain transformers, in every layout.
+"""examples/grpo.py on fixed rollouts, exported, against docs/method.md, 5 in plain transformers, in every layout.
 
 The rollouts hold well-formed responses of several lengths, malformed ones, cut-off ones, some with sampled vision pads
 and failed ones; prompts of text, one image, two images and a video.

@@ -1,4 +1,4 @@
-"""Data files, and SFT's form of them (METHOD section 6): an index made once, records read and checked one at a time.
+"""Data files, and SFT's form of them (docs/method.md, 6): an index made once, records read and checked one at a time.
 
 A JSONL file is indexed by byte offsets and never held in memory; a JSON list is streamed through once for the same
 kind of index.  A file that is not one of the two is a UserError that says where; a record that is wrong is a BadSample

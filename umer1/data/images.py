@@ -23,7 +23,7 @@ MAX_ASPECT_RATIO = 200  # the limit of the published processor
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """Patch geometry, normalisation and pixel bounds; METHOD's recipe where nothing else says otherwise."""
+    """Patch geometry, normalisation and pixel bounds; the paper's recipe where nothing else says otherwise."""
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -87,7 +87,7 @@ class ImageConfig:
         video_max_pixels: int | None = None,
         num_frames: int | None = None,
     ) -> "ImageConfig":
-        """Explicit bounds win over the directory's preprocessor files, these over METHOD's recipe.
+        """Explicit bounds win over the directory's preprocessor files, these over the paper's recipe.
 
         vision: the model's VisionConfig (patch_size, temporal_patch_size, spatial_merge_size), which the files must
         not contradict.  Raises ConfigError with every fault found.

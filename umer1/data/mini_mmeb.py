@@ -1,8 +1,8 @@
 """The embedded default, mini-MMEB: PNG pictures, short clips and document-like pages in the files real data comes in.
 
     root/manifest.json                 settings, their hash and counts; written last
-    root/train.json                    pairs in METHOD's SFT format; data sets mini-img, mini-doc, mini-vid, mini-look
-    root/rl.json                       other pairs in METHOD's RL format, without responses
+    root/train.json                    pairs in UME-R1's SFT format; data sets mini-img, mini-doc, mini-vid, mini-look
+    root/rl.json                       other pairs in UME-R1's RL format, without responses
     root/rl_eval.json                  held-out pairs in that format, to watch RL by
     root/images/...                    what the records name (paths relative to root)
     root/eval/meta.json                tasks: metric, files, counts

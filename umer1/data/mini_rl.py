@@ -1,4 +1,4 @@
-"""mini-MMEB's pairs for RL, in METHOD's RL format: questions on boards that neither SFT nor the evaluation shows.
+"""mini-MMEB's pairs for RL, in UME-R1's RL format: questions on boards that neither SFT nor the evaluation shows.
 
 Drawn from streams of their own, so that asking for other RL pairs changes nothing else.  The held-out pairs have one
 stream each: that a board has to be drawn again for one of them (the SFT pairs have it already) changes no other.

@@ -1,6 +1,6 @@
 """The tokenizer of the tiny base: words and constant phrases are single tokens, everything else falls back to bytes.
 
-Any text is encoded and decoded exactly.  Constant phrases (the chat template's lines, the suffix of METHOD's prompt,
+Any text is encoded and decoded exactly.  Constant phrases (the chat template's lines, the suffix of the paper's prompt,
 the sentences of mini-MMEB) cost one token each, which keeps sequences short enough for two CPU cores while the text
 itself is the real one.  The special tokens are Qwen2-VL's, in its order; `<gen_emb>` and `<disc_emb>` are not among
 them: whoever opens the base adds them, as with the real Qwen2-VL.

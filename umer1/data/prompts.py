@@ -1,4 +1,4 @@
-"""The words of the method: system message, suffix, chat form, assistant form (METHOD section 2).
+"""The words of the method: system message, suffix, chat form, assistant form (docs/method.md, 2).
 
 The chat form is Qwen2-VL's template written out, because executing a template that came with a directory is executing
 its author's code.

@@ -1,4 +1,4 @@
-"""RL data files (METHOD section 6): pairs of prompts without responses, tokenised, with the pictures behind them."""
+"""RL data files (docs/method.md, 6): pairs of prompts without responses, tokenised, with the pictures behind them."""
 
 from umer1.data import prompts
 from umer1.data.bad_samples import BadSample

@@ -11,7 +11,7 @@ from umer1.models.qwen2_vl.frames import VisionFeatures
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of a pair, as the data file says it (METHOD: SFT file format)."""
+    """One side of a pair, as the data file says it (docs/data.md)."""
 
     text: str  # the human turn; `<image>` / `<video>` markers are still in place
     images: tuple[str, ...] = ()  # paths relative to the data root

@@ -1,6 +1,6 @@
 """Symmetric InfoNCE over all data-parallel ranks, and its gradient with respect to this rank's embeddings.
 
-The loss of the global batch of G pairs with M hard negatives, at temperature t (METHOD section 4):
+The loss of the global batch of G pairs with M hard negatives, at temperature t (docs/method.md, 4):
 
     L = 1/(2G) sum_i [ -log softmax_j(q_i . [p; n]_j / t)_i  -  log softmax_j(p_i . q_j / t)_i ]
 

@@ -1,6 +1,6 @@
 """Group-relative policy optimisation: advantages, the clipped objective with a KL penalty, and what is logged of it.
 
-METHOD section 5.  For token t of response i with advantage A_i, ratio r = exp(log p - log p_old):
+docs/method.md, 5.  For token t of response i with advantage A_i, ratio r = exp(log p - log p_old):
 
     l_it = -min(r A_i, clip(r, 1 - epsilon, 1 + epsilon_high) A_i) * w_it + beta * k3(log p_ref - log p)
     k3(d) = exp(d) - d - 1,   w_it = min(exp(log p_old - log p_engine), cap), or 1
@@ -16,7 +16,7 @@ import torch
 
 LossNormalisation = Literal["response", "constant"]
 
-ADVANTAGE_EPSILON = 1e-4  # METHOD: (R - mean) / (std + 1e-4)
+ADVANTAGE_EPSILON = 1e-4  # docs/method.md, 5: (R - mean) / (std + 1e-4)
 NO_SPREAD = 1e-6  # rewards are fp32 of order 1; what differs by less is round-off of equal responses
 
 TOKEN_STATISTICS = ("tokens", "kl", "ratio", "clipped_low", "clipped_high")

@@ -21,8 +21,8 @@ def cross_entropy_sums(
     hidden: [R, H], the supervised rows alone, R may be 0; weight: [V_local, H] of the head; labels: int64 [R] in the
     whole vocabulary; sides: int64 [R], 0 for the query's rows and 1 for the positive's.  vocab_size, group: see
     linear_cross_entropy.
-    side_weights: [2]; the loss's weight over the number of supervised tokens of that side in the global batch (METHOD:
-    L_ce), a count that the caller must reduce on its own: InfoNCE divides by pairs.
+    side_weights: [2]; the loss's weight over the number of supervised tokens of that side in the global batch
+    (docs/method.md, 4), a count that the caller must reduce on its own: InfoNCE divides by pairs.
     """
     total, losses = linear_cross_entropy(
         hidden, weight, labels, row_weights=side_weights[sides], vocab_size=vocab_size, group=group

@@ -1,4 +1,4 @@
-"""Ranking x margin rewards of rollouts (METHOD section 5): the door, and the form in plain torch.
+"""Ranking x margin rewards of rollouts (docs/method.md, 5): the door, and the form in plain torch.
 
     ranking = |S+ ∩ top_G(S+ ∪ S-)| / G     margin = mean(S+) - mean(S-)     reward = ranking * margin
 

@@ -9,7 +9,7 @@ from umer1.models.qwen2_vl.config import Qwen2VLConfig, VisionConfig
 
 ShapeName = Literal["qwen2-vl-2b", "qwen2-vl-7b"]
 
-# config.json of Qwen2-VL-2B-Instruct and Qwen2-VL-7B-Instruct (METHOD section 1).
+# config.json of Qwen2-VL-2B-Instruct and Qwen2-VL-7B-Instruct (docs/method.md, 1).
 SHAPES: dict[str, Qwen2VLConfig] = {
     "qwen2-vl-2b": Qwen2VLConfig(
         vision=VisionConfig(hidden_size=1536),

@@ -1,4 +1,4 @@
-"""What a rollout is worth: pure functions of the rollouts of one comparison set (METHOD section 5).
+"""What a rollout is worth: pure functions of the rollouts of one comparison set (docs/method.md, 5).
 
 A comparison set is N pairs with G rollouts on either side, in group order (row = pair * G + generation).  A reward
 term takes a RewardInputs, one side of one comparison set, and returns fp32 [N * G].  A term of one's own has the same

@@ -15,7 +15,7 @@ from umer1.ops.rank_margin_reward import rank_margin_rewards
 from umer1.rl.rewards import REWARDS, RewardFunction, RewardInputs
 
 SIDES = 2  # 0 the query, 1 the positive
-DEFAULT_COMPARISON_PAIRS = 16  # METHOD section 5
+DEFAULT_COMPARISON_PAIRS = 16  # docs/method.md, 5
 
 
 @dataclass(kw_only=True, slots=True)

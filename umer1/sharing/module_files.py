@@ -1,6 +1,6 @@
 """The files by which sentence-transformers loads an exported directory, in disc mode and without foreign code.
 
-Its own Transformer module runs transformers' Qwen2-VL; a chat template renders the prompt of METHOD section 2 up to
+Its own Transformer module runs transformers' Qwen2-VL; a chat template renders the prompt of docs/method.md, 2 up to
 `<disc_emb>` and not beyond (attention is causal); the last token is pooled and L2-normalised.
 """
 

@@ -1,4 +1,4 @@
-"""GRPO (METHOD section 5): responses by a rollout engine, rewards from their embeddings, a clipped policy update."""
+"""GRPO (docs/method.md, 5): responses by a rollout engine, rewards from their embeddings, a clipped policy update."""
 
 import math
 import time

@@ -73,7 +73,7 @@ class HeldoutConfig:
 
 
 def _optimizer() -> OptimizerConfig:
-    """METHOD section 5: AdamW, lr 1e-6, linear decay, clip 1.0."""
+    """docs/method.md, 5: AdamW, lr 1e-6, linear decay, clip 1.0."""
     return OptimizerConfig(train_iters=350, lr=1e-6, lr_decay_style="linear", lr_warmup_fraction=0.0)
 
 

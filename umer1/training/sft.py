@@ -1,4 +1,4 @@
-"""Cold-start SFT (METHOD section 4): building once, then a loop of named steps."""
+"""Cold-start SFT (docs/method.md, 4): building once, then a loop of named steps."""
 
 import math
 import time

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 GEN_EMB = "<gen_emb>"
 DISC_EMB = "<disc_emb>"
-# METHOD section 1: the embedding tokens, in the order in which they are added, and whose rows they start from
+# docs/method.md, 1: the embedding tokens, in the order in which they are added, and whose rows they start from
 _INITIAL_FROM = {GEN_EMB: "<|object_ref_end|>", DISC_EMB: "<|object_ref_start|>"}
 
 # Small text files of a directory; what is there is kept in memory and written beside every export and checkpoint.

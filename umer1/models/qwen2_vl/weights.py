@@ -47,7 +47,7 @@ def load_hf(
 ) -> None:
     """Fill this rank's chunks; values are cast to each parameter's dtype.  Raises one UserError with all that is wrong.
 
-    Rows of added embedding tokens start from the rows that METHOD section 1 names; padding rows are zero.  working:
+    Rows of added embedding tokens start from the rows that docs/method.md, 1 names; padding rows are zero.  working:
     called after each parameter.
     """
     _check_tensors(directory)
