@@ -56,7 +56,7 @@ class Tags(HTMLParser):
 def test_one_run(tmp_path, capsys):
     run = make_run(tmp_path / "sft")
     command.main([str(run)])
-    assert "report.html: 1 runs, 3 curves" in capsys.readouterr().out
+    assert "report.html: 1 run, 3 curves" in capsys.readouterr().out
     text = (run / "report.html").read_text()
     tags = Tags(text)
     assert not tags.open and "gradient norm" in tags.words

@@ -171,7 +171,7 @@ def _required(field: dataclasses.Field) -> bool:
 
 
 def _nearest(name: str, legal: list[str]) -> str:
-    close = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, legal, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 
 
@@ -241,7 +241,7 @@ def read_flags(argv: list[str], config_class: type, problems: list[str]) -> tupl
             continue
         if name != "config" and name not in known:
             legal = [known_name.replace("_", "-") for known_name in (*known, "config")] + list(NEGATIVE_FLAGS)
-            close = difflib.get_close_matches(flag, legal, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(flag, legal, n=1, cutoff=0.6)
             problems.append(f"unknown flag --{flag}" + (f"; did you mean --{close[0]}?" if close else "; see --help"))
             if not has_value and position < len(argv) and not argv[position].startswith("--"):
                 position += 1

@@ -206,6 +206,8 @@ def test_all_problems_at_once(tmp_path):
     assert "/not/looked/at.json" not in text
     with pytest.raises(ConfigError, match="(?s)cannot be read.*--shape.*sequence_parallel needs"):
         command.read_plan("sft", ["--hf-model", str(tmp_path), "--sequence-parallel"])
+    with pytest.raises(ConfigError, match="no model is named; give --shape qwen2-vl-2b or qwen2-vl-7b, or --hf-model"):
+        command.read_plan("sft", ["--world-size", "8"])  # not the tiny base, which nobody plans for
     with pytest.raises(UserError, match="use sft or grpo"):
         command.main(["dpo"])
 

@@ -142,6 +142,8 @@ def make_mini_mmeb(root: str | Path, *, progress: Callable[[str], None] | None =
         if root.exists():
             remove(root)
         os.rename(aside, root)
+        made = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+        tell(f"mini-MMEB: {made} in {root}")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return root
@@ -175,10 +177,6 @@ class _Writer:
         rl, rl_eval = list(self._rl_records()), list(self._rl_eval_records())
         self._write_list("rl.json", rl)
         self._write_list("rl_eval.json", rl_eval)
-        self.tell(
-            f"mini-MMEB: {len(records)} training pairs, {len(rl)} RL pairs and {self.num_files} pictures in "
-            f"{self.root.name}"
-        )
         return {
             "train_pairs": len(records),
             "rl_pairs": len(rl),

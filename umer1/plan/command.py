@@ -14,7 +14,6 @@ recipes in examples/configs.  Status 1: the run would not fit.
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from umer1.configuration import help_text, load_config
@@ -60,7 +59,7 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
         world_size = config.plan.world_size
         config.parallel.resolve(world_size, gpu=config.plan.on_gpus)
         try:
-            shapes.append(find_shape(config.plan.shape, Path(config.model.source)))
+            shapes.append(find_shape(config.plan.shape, config.model.hf_model))
         except UserError as error:
             return [str(error), *config.parallel.violations(None, world_size if world_size >= 1 else None)]
         if config.plan.processes_of_node < 1:

@@ -36,11 +36,13 @@ SHAPES: dict[str, Qwen2VLConfig] = {
 }
 
 
-def find_shape(name: str | None, directory: Path) -> Qwen2VLConfig:
+def find_shape(name: str | None, directory: str | None) -> Qwen2VLConfig:
     """The named shape, or that of `directory`/config.json.  Raises UserError."""
     if name is not None:
         return SHAPES[name]
-    path = directory / "config.json"
+    if directory is None:
+        raise UserError(f"no model is named; give --shape {' or '.join(SHAPES)}, or --hf-model DIR with a config.json")
+    path = Path(directory) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
         write_text(output, text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
-    print(f"{output}: {len(runs)} runs, {sum(len(run.curves) for run in runs)} curves")
+    noun = "run" if len(runs) == 1 else "runs"
+    print(f"{output}: {len(runs)} {noun}, {sum(len(run.curves) for run in runs)} curves")
 
 
 def _named(word: str) -> tuple[str, Path]:

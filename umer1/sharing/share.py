@@ -1,6 +1,6 @@
 """`umer1 share`: a model directory that others can load, with a card that says where it comes from.
 
-    umer1 share --model runs/2b-grpo --run runs/2b-grpo --results runs/2b-eval/results.json \\
+    umer1 share --model runs/2b-grpo-hf --run runs/2b-grpo --results runs/2b-eval/results.json \\
         --base-model Qwen/Qwen2-VL-2B-Instruct --name me/my-2b --output shared/my-2b
 
 The output loads in transformers, vLLM and sentence-transformers (disc mode: SentenceTransformer("shared/my-2b")), none
