@@ -90,6 +90,16 @@ def test_resolved_configuration_reads_back(tmp_path):
     assert load_config(Config, ["--config", str(path)]) == config
 
 
+def test_a_whole_number_keeps_every_digit():
+    """More than a float has: a seed became another one."""
+    for text in (str(2**64 - 1), f"-{2**53 + 1}", "1e3"):
+        found = load_config(Config, ["--train-iters", text]).speed.train_iters
+        assert found == (1000 if text == "1e3" else int(text))
+    for text in ("9" * 400, "9" * 5000, "1.5", "inf", "--5"):
+        with pytest.raises(ConfigError, match="must be a whole number|unknown flag"):
+            load_config(Config, [f"--train-iters={text}"])
+
+
 def test_default_config_is_used_only_without_data_or_model(tmp_path):
     path = tmp_path / "mini.yaml"
     path.write_text("train_iters: 4\n")

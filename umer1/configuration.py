@@ -84,10 +84,12 @@ def convert(name: str, value: Any, wanted: Any) -> Any:
         raise ValueError(f"{name}={value!r} must be true or false")
     if kind is int:
         try:
+            if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
+                value = int(value)  # a float has not enough digits for every seed
             number = float(value) if not isinstance(value, bool) else float("nan")
             if number != int(number):
                 raise ValueError
-            return int(value) if isinstance(value, int) else int(number)
+            return value if isinstance(value, int) else int(number)
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{name}={value!r} must be a whole number") from None
     if kind is float:
