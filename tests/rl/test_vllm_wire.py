@@ -13,7 +13,7 @@ import torch
 
 from umer1.models.qwen2_vl.directory import SpecialTokens
 from umer1.rl.engines.vllm_answers import Answers, unexpanded
-from umer1.rl.engines.vllm_server import Session
+from umer1.rl.engines.vllm_session import Session
 from umer1.rl.engines.vllm_staging import Assembler, StagingBuffer, StagingView, fill
 from umer1.rl.engines.vllm_wire import Channel, ConnectionLost, Message, WireError
 from umer1.rl.types import Request

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from umer1.rl.engines.vllm_remote import PROTOCOL, proof, token
-from umer1.rl.engines.vllm_server import SEND_SECONDS, Session, build
+from umer1.rl.engines.vllm_session import SEND_SECONDS, Session, build
 from umer1.rl.engines.vllm_wire import MAX_BODY_BYTES, MAX_HEADER_BYTES, Channel, ConnectionLost, Message, WireError
 
 _HELLO_SECONDS = 10.0
