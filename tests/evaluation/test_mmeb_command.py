@@ -300,7 +300,7 @@ def test_a_second_run_into_one_folder_is_refused(data, tmp_path):
         (["--unpickle"], ["unpickle needs --from-reference"]),
         (["--from-reference", "{data}", "--output", "{data}/"], ["is what is scored; name another directory"]),
         (["--stored", "{data}", "--max-queries", "2"], ["max_queries=2 is for runs of a model"]),
-        (["--data-root", "~/no", "--stored", "nil"], ["data_root='~/no' is not a dir", "stored='nil' is not a dir"]),
+        (["--data-root", "~/no", "--stored", "nil"], ["data_root=~/no is not a dir", "stored=nil is not a dir"]),
     ),
 )
 def test_settings_that_do_not_go_together(data, tmp_path, flags, messages):
