@@ -22,8 +22,8 @@ addresses() { # of the job's nodes, in order
 job=$SLURM_JOB_ID # of a job array this task alone: one task's number is the whole array's as well
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 folder=$LOGS/$SLURM_JOB_ID/${SLURM_RESTART_COUNT:-0}
-mkdir -p "$folder"
-folder=$(cd "$folder" && pwd)
+[[ $folder = /* ]] || folder=$PWD/$folder
+mkdir -p "$folder" || exit 2
 
 # One math library thread a process unless told otherwise; on GPUs the CPU's work is decoding, which has processes.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -44,7 +44,7 @@ step() {
     while [ "$1" != -- ]; do flags+=("$1"); shift; done
     shift
     [ -z "$CONTAINER" ] || flags+=("--container-image=$CONTAINER" "--container-mounts=$MOUNTS" "--container-workdir=$PWD")
-    srun --kill-on-bad-exit=1 --output="$folder/$name-%t.log" "${flags[@]}" "$@" &
+    srun --kill-on-bad-exit=1 --output="${folder//%/%%}/$name-%t.log" "${flags[@]}" "$@" &
     steps+=($!)
 }
 
@@ -70,11 +70,10 @@ finish() {
     echo "training ended with status $status; logs are in $folder"
     # A job that leaves during a preemption's grace time counts as completed: it has to requeue itself. One that was
     # cancelled is not RUNNING any more, and stays out.
-    if [ "$status" = 0 ] && [ -e "$UMER1_STOPPED_FILE" ] &&
-        scontrol show job "$job" | grep -q JobState=RUNNING; then
-        trap - TERM # the requeue ends this shell
-        scontrol requeue "$job"
-        sleep 60
+    if [ "$status" = 0 ] && [ -e "$UMER1_STOPPED_FILE" ]; then
+        status=75 # without a requeue, which ends this shell, the job has failed: `afterok` dependents stay out
+        trap - TERM
+        if scontrol show job "$job" | grep -q JobState=RUNNING && scontrol requeue "$job"; then sleep 60; fi
     fi
     exit "$status"
 }

@@ -59,8 +59,38 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path, task, requeued):
         finish""",
         **{f"SLURM_{name}": value for name, value in task.items()},
     )
-    assert done.returncode == 0, done
+    assert done.returncode == 75, done
     assert (tmp_path / "said").read_text().splitlines() == [f"show job {requeued}", f"requeue {requeued}"]
+
+
+def test_a_stopped_job_that_cannot_go_back_into_the_queue_has_failed(tmp_path):
+    """Status 0 would start its `afterok` dependents on a model that is not trained."""
+    done = run(
+        tmp_path,
+        """
+        scontrol() { [ "$1" = show ] && echo JobState=RUNNING; }
+        srun() { touch "$UMER1_STOPPED_FILE"; }
+        sleep() { echo waited; }
+        step train -- program
+        finish""",
+    )
+    assert done.returncode == 75 and "waited" not in done.stdout, done
+
+
+def test_log_folders_of_odd_names(tmp_path):
+    """Neither `cd`'s search path nor srun's patterns change where the logs go."""
+    done = run(
+        tmp_path,
+        'srun() { printf "<%s>" "$@"; }; step train -- program; wait; mkdir -p aside/logs/7/0; . "$JOB"; echo "$folder"',
+        LOGS="100%j logs",
+        CDPATH="aside",
+        JOB=str(JOB),
+    )
+    assert f"<--output={tmp_path}/100%%j logs/7/0/train-%t.log>" in done.stdout, done
+    assert done.stdout.endswith(f">{tmp_path}/100%j logs/7/0\n"), done
+    (tmp_path / "file").touch()
+    done = run(tmp_path, "echo went on", LOGS="file")
+    assert done.returncode == 2 and "went on" not in done.stdout and "file" in done.stderr, done
 
 
 @pytest.mark.parametrize("words", [["--hf-model", "a b"], ["--hf-model=a b"], ["--hf_model", "x", "--hf_model=a b"]])
