@@ -81,6 +81,7 @@ def test_defaults_yaml_flags_in_this_order(tmp_path):
     assert config.model.train_vision
     assert not load_config(Config, ["--config", str(path), "--freeze-vision"]).model.train_vision
     assert not load_config(Config, ["--config", str(path), "--no-train-vision"]).model.train_vision
+    assert load_config(Config, ["--train-iters", "1764380000123456789"]).speed.train_iters == 1764380000123456789
 
 
 def test_resolved_configuration_reads_back(tmp_path):

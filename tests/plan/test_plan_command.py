@@ -150,7 +150,9 @@ def test_mini_batches_through_interleaved_stages():
     flags = ["--shape", "qwen2-vl-2b", "--hf-model", "x", "--world-size", "7", "--hardware", "cpu"]
     flags += ["--pipeline-model-parallel-size", "7", "--num-layers-per-virtual-pipeline-stage", "2"]
     flags += ["--global-batch-size", "2", "--mini-batches", "2", "--num-generations", "2", "--micro-batch-size", "8"]
-    tokens = command.read_plan("grpo", flags).expected_tokens
+    plan = command.read_plan("grpo", flags)
+    assert plan.work.bubble == (7 * 2 + 6) / (7 * 2)  # each mini-batch fills the pipeline anew
+    tokens = plan.expected_tokens
     assert len(tokens) == 2 * 7 and tokens[:7] == tokens[7:] == [954] * 4 + [551] * 3
 
 
@@ -225,6 +227,9 @@ def test_no_number_is_too_odd_for_the_checks(stage):
                 load_config(command.STAGES[stage], flags, further=lambda config: config.layout_violations(shape, 8))
             except ConfigError as error:
                 assert name in str(error).replace("-", "_"), (flags, error)
+    for name in ("global-batch-size", "seq-length", "world-size") + ("num-generations",) * (stage == "grpo"):
+        with pytest.raises(ConfigError, match=rf"{name.replace('-', '_')}=1000000000000000000000000000000\b.*at most"):
+            command.read_plan(stage, ["--shape", "qwen2-vl-2b", "--hf-model", "x", f"--{name}", f"1{30 * '0'}"])
 
 
 def test_a_directory_needs_only_its_config(tmp_path):

@@ -30,6 +30,7 @@ from umer1.files import dispensable
 from umer1.processes import end_with_parent
 from umer1.rules import bound_problems, data_root_problems
 
+_MOST = 1 << 20  # pairs of a step and tokens of a sequence: far above what any run has
 _ATTEMPTS = 32  # replacements tried for one slot before the data set is given up
 
 
@@ -87,6 +88,9 @@ class DataConfig:
         at_least_one += ["max_tokens_per_micro_batch", "max_patches_per_micro_batch", "max_frames", "num_frames"]
         at_least_one += ["max_source_pixels", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"]
         found += bound_problems(self, 1, *at_least_one) + bound_problems(self, 0, "num_workers")
+        for name in ("seq_length", "global_batch_size"):
+            if getattr(self, name) > _MOST:
+                found.append(f"{name}={getattr(self, name)} must be at most {_MOST:,}")
         if not 0 <= self.max_bad_sample_fraction <= 1:
             found.append(f"max_bad_sample_fraction={self.max_bad_sample_fraction} must be between 0 and 1")
         for low, high in (("min_pixels", "max_pixels"), ("video_min_pixels", "video_max_pixels")):

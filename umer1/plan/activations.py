@@ -99,7 +99,7 @@ def vision_layer(
     """Of the ViT, which is never sequence-parallel; grid_thw int64 [V, 3] of the pictures that a rank sees."""
     vision, tp, a = config.vision, parallel.vision_tensor_parallel_size, itemsize
     frames = [height * width for times, height, width in grid_thw.tolist() for _ in range(times)]
-    bounds = torch.tensor([0, *itertools.accumulate(frames)], dtype=torch.int32)
+    bounds = torch.tensor([0, *itertools.accumulate(frames)])
     patches, e = int(bounds[-1]), vision.embed_dim
     q, f = e / tp, vision.ffn_hidden_size / tp
     slots, padded = attention_slots(bounds, causal=False, kernel=kernel)

@@ -121,6 +121,7 @@ def make_plan(config: Any, model: Qwen2VLConfig, settings: PlanConfig) -> Plan:
         [packed_of(each) for each in expected],
         scoring_passes=(1 + (config.policy.beta > 0)) if steps.policy else 0,
         updates=learnt,
+        mini_batches=steps.mini_batches,
         vision_once=1 / group,
     )
     computing, made = train_seconds(setup, work, settings.assumed_utilisation), None

@@ -12,6 +12,8 @@ from umer1.rules import bound_problems
 from umer1.training.config import SFTConfig
 from umer1.training.policy_config import GRPOConfig
 
+_MOST_PROCESSES = 1 << 18
+
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
@@ -44,6 +46,8 @@ class PlanConfig:
         found = []
         found += bound_problems(self, 1, "world_size", "gpus_per_node", "text_tokens", "rollout_tokens")
         found += bound_problems(self, 0, "response_tokens", "patches_per_side")
+        if self.world_size > _MOST_PROCESSES:
+            found.append(f"world_size={self.world_size} must be at most {_MOST_PROCESSES:,}")
         if self.patches_per_side % 4:
             found.append(f"patches_per_side={self.patches_per_side} must be a multiple of 4: 2 x 2 make a token")
         for name in ("assumed_utilisation", "assumed_bandwidth"):

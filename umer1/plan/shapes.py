@@ -45,7 +45,7 @@ def find_shape(name: str | None, directory: str | None) -> Qwen2VLConfig:
     path = Path(directory) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); give --hf-model DIR with a config.json, or --shape {' or '.join(SHAPES)}"
         ) from None

@@ -31,13 +31,20 @@ class Work:
 
 
 def step_work(
-    setup: Setup, batches: list[PackedBatch], *, scoring_passes: int, updates: int = 1, vision_once: float = 1.0
+    setup: Setup,
+    batches: list[PackedBatch],
+    *,
+    scoring_passes: int,
+    updates: int = 1,
+    mini_batches: int = 1,
+    vision_once: float = 1.0,
 ) -> Work:
     """Of one data-parallel rank's micro-batches times DP.
 
     scoring_passes: forwards beside the ones that are learnt from: those that the method asks for (GRPO's old and
-    reference log-probs).  updates: how often each micro-batch is learnt from.  vision_once: share of the ViT's work
-    that is done, where sequences share pictures.
+    reference log-probs).  updates: how often each micro-batch is learnt from.  mini_batches: parts of the step, each
+    with an update of its own, before which the pipeline runs empty.  vision_once: share of the ViT's work that is done,
+    where sequences share pictures.
     """
     config, layout = setup.config, setup.layout
     decoder = vision = logits = attention = waits = 0.0
@@ -57,7 +64,7 @@ def step_work(
     extra *= updates
     if not scoring_passes and config.loss.cached_contrastive and len(batches) > 1:
         extra += decoder + (vision if config.model.train_vision else 0.0)
-    turns = len(batches) * layout.virtual
+    turns = len(batches) // mini_batches * layout.virtual
     return Work(
         model=model * layout.dp,
         executed=(model + extra) * layout.dp,

@@ -53,7 +53,8 @@ def imagine(config: Qwen2VLConfig, sides: list[Side], *, pad_to_multiple: int = 
     return PackedBatch(
         input_ids=ids(slots),
         position_ids=ids(3, slots),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        # A real one has int32; what is beyond that is planned all the same, and fits no device.
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32 if bounds[-1] < 1 << 31 else torch.int64),
         max_seqlen=max(lengths),
         pixel_values=torch.empty(patches, config.vision.patch_dim, device=_META),
         grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),

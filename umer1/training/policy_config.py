@@ -11,6 +11,8 @@ from umer1.rules import bound_problems, path_problems
 from umer1.training.config import StageConfig
 from umer1.training.optimizer import OptimizerConfig
 
+_MOST_RESPONSES = 1 << 22  # of a step: far above what any run has
+
 
 @dataclass(kw_only=True, slots=True)
 class PolicyConfig:
@@ -106,6 +108,12 @@ class GRPOConfig(StageConfig):
             found.append(
                 f"hf_model={self.model.hf_model} and load={self.checkpoint.load} both say where the weights come from; "
                 "keep one (`--load none` overrides a configuration file)"
+            )
+        responses = 2 * self.data.global_batch_size * self.rollout.num_generations
+        if responses > _MOST_RESPONSES:
+            found.append(
+                f"global_batch_size={self.data.global_batch_size} and num_generations={self.rollout.num_generations} "
+                f"ask for {responses:,} responses a step; at most {_MOST_RESPONSES:,} are legal"
             )
         return found + self.reward.batch_violations(self.data.global_batch_size)
 

@@ -4,6 +4,7 @@ Both published forms of the file are read: the flat one (text settings at the ro
 (`text_config`, `rope_parameters`).  Absent fields get the defaults of transformers 5.17's configuration_qwen2_vl.py.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class VisionConfig:
 
     def violations(self) -> list[str]:
         """What this model can't be built from, one sentence each."""
-        found = _not_positive("vision_config", self, VISION_SIZES)
+        found = _out_of_range("vision_config", self, VISION_SIZES)
         if found:
             return found
         if self.embed_dim % self.num_heads:
@@ -66,17 +67,21 @@ class VisionConfig:
         return found
 
 
-VISION_SIZES = ("depth", "embed_dim", "num_heads", "mlp_ratio", "patch_size", "temporal_patch_size") + (
-    "spatial_merge_size",
-    "in_channels",
-    "hidden_size",
-)
-TEXT_SIZES = ("hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+# Name -> the largest legal value.  Far above any model's, and what is computed of them still fits into 64 bits.
+_WIDTH, _LAYERS = 1 << 18, 1000
+VISION_SIZES = {"depth": _LAYERS, "embed_dim": _WIDTH, "num_heads": _WIDTH, "mlp_ratio": 1024, "patch_size": 1024}
+VISION_SIZES |= {"temporal_patch_size": 64, "spatial_merge_size": 32, "in_channels": 64, "hidden_size": _WIDTH}
+TEXT_SIZES = {"hidden_size": _WIDTH, "num_layers": _LAYERS, "num_attention_heads": _WIDTH, "num_query_groups": _WIDTH}
+TEXT_SIZES |= {"ffn_hidden_size": 4 * _WIDTH, "vocab_size": 1 << 24}
 
 
-def _not_positive(where: str, config: Any, names: tuple[str, ...]) -> list[str]:
+def _out_of_range(where: str, config: Any, most: dict[str, int]) -> list[str]:
     prefix = where + "." if where else ""
-    return [f"{prefix}{name}={getattr(config, name)} must be at least 1" for name in names if getattr(config, name) < 1]
+    return [
+        f"{prefix}{name}={getattr(config, name)} must be at least 1 and at most {limit:,}"
+        for name, limit in most.items()
+        if not 1 <= getattr(config, name) <= limit
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +120,7 @@ class Qwen2VLConfig:
         vision = reader.mapping(root.get("vision_config") or {}, "vision_config")
         rope = reader.mapping(text.get("rope_scaling") or text.get("rope_parameters") or {}, "rope_parameters")
         heads = reader.integer(text, "num_attention_heads", 64)
-        groups = reader.integer(text, "num_key_value_heads", 8) if text.get("num_key_value_heads", 8) else heads
+        groups = heads if text.get("num_key_value_heads", 8) is None else reader.integer(text, "num_key_value_heads", 8)
         built = cls(
             vision=_read_vision(reader, vision),
             hidden_size=reader.integer(text, "hidden_size", 8192),
@@ -142,7 +147,7 @@ class Qwen2VLConfig:
 
     def violations(self) -> list[str]:
         """What this model can't be built from, one sentence each, with the legal values."""
-        found = list(self.unsupported) + _not_positive("", self, TEXT_SIZES) + self.vision.violations()
+        found = list(self.unsupported) + _out_of_range("", self, TEXT_SIZES) + self.vision.violations()
         if found:
             return found
         if self.hidden_size % self.num_attention_heads:
@@ -212,9 +217,9 @@ class _Reader:
 
     def number(self, values: dict, name: str, default: float) -> float:
         value = values.get(name, default)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
             return value
-        self.problems.append(f"{name}={value!r} must be a number above 0")
+        self.problems.append(f"{name}={value!r} must be a finite number above 0")
         return default
 
     def integers(self, values: dict, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
