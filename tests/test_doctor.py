@@ -1,6 +1,7 @@
 """`umer1 doctor`: real child processes that work, are missing, crash, hang, fail or have the wrong version."""
 
 import json
+import sys
 import time
 import tomllib
 from dataclasses import replace
@@ -64,6 +65,20 @@ def test_one_that_hangs_is_ended_with_its_children(tmp_path):
     assert (found.status, found.detail) == ("hung", "no answer within 1 s") and time.monotonic() - since < 30
     time.sleep(3)
     assert not mark.exists()
+
+
+def test_what_has_left_a_probes_group_holds_nobody_up():
+    """It keeps the output open, whose end never comes."""
+    stays = "subprocess.Popen(['sleep', '20'], start_new_session=True)"
+    since = time.monotonic()
+    assert run(replace(GOOD, snippet=f"import subprocess\n{stays}", seconds=1)).status == "hung"
+    assert time.monotonic() - since < 15
+
+
+def test_without_packaging_versions_are_not_compared(monkeypatch):
+    """The doctor needs no package itself: that one is missing is what it is asked for."""
+    monkeypatch.setitem(sys.modules, "packaging.specifiers", None)
+    assert run(replace(GOOD, snippet='say("2.0")')).status == "ok"
 
 
 def finish(capsys, *words, probes):

@@ -90,7 +90,7 @@ def test_damage_is_counted_and_told(tmp_path):
     run = make_run(tmp_path / "run", extra=extra)
     (run / "config.yaml").write_text("optimizer: [")
     (run / "run.json").write_text('{"pairs": {"toy": "many"}}')
-    (run / "bad_samples.jsonl").write_text('{"cause": "missing_file"}\nhalf of\n{"cause": "missing_file"}\n')
+    (run / "bad_samples.jsonl").write_text('{"cause": "a\u2028line"}\nhalf of\n{"cause": "missing_file"}\n')
     command.main([str(run)])
     words = " ".join(Tags((run / "report.html").read_text()).words)
     for said in (
@@ -132,6 +132,9 @@ def test_numbers_that_no_axis_can_have(tmp_path):
     words = Tags((path / "report.html").read_text()).words
     assert "run: x was not finite 3 times" in words and "run: loss was not finite 2 times" in words
     assert read_run("x", path).curves == {}
+    (path / "metrics.jsonl").write_text('{"iteration": 1, "x": 5e-324}\n{"iteration": 2, "x": -5e-324}\n')
+    command.main([str(path)])  # the step between two marks of such an axis would be 0
+    assert read_run("x", path).curves == {"x": [(1, 0.0), (2, 0.0)]}
 
 
 def test_text_of_runs_stays_text(tmp_path):

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
-
 # Available to every snippet: `say(version, detail)` reports success, `absent(why)` that there is nothing to try, and
 # `missing(name)` the same where a module cannot be found.
 _HEAD = """\
@@ -88,7 +85,9 @@ def run(probe: Probe) -> Finding:
         out, errors = child.communicate(timeout=probe.seconds)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)  # with what it has started
-        child.communicate()
+        child.wait()  # and not for its output's end: what has left its group may hold that open
+        child.stdout.close()
+        child.stderr.close()
         return Finding(probe, "hung", detail=f"no answer within {probe.seconds:g} s")
     if child.returncode < 0:
         return Finding(probe, "crashed", detail=f"ended by {signal.Signals(-child.returncode).name}")
@@ -119,6 +118,11 @@ def _last_line(errors: str) -> str:
 
 
 def _is_supported(version: str, supported: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+        from packaging.version import InvalidVersion, Version
+    except ImportError:  # its own probe says so, and the others are looked at all the same
+        return True
     try:
         # A local part ("+cpu", "+cu130") says how it was built, not what it is; NVIDIA's image has a 2.13.0a0.
         return SpecifierSet(supported).contains(Version(version).public, prereleases=True)

@@ -11,7 +11,7 @@ from umer1.errors import UserError
 
 _SAMPLE_CHARACTERS = 20_000  # of a file of rollouts
 _BAD_SAMPLES = 20
-_LARGEST = 1e300  # no number of a run; an axis that ends there can still be computed
+_LARGEST = 1e300  # no number of a run; an axis that ends there can still be computed, and one of its inverse
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,8 @@ def read_run(name: str, path: Path) -> Run:
             if isinstance(value, bool) or not isinstance(value, int | float) or key == "iteration":
                 continue
             if is_finite(value):
-                run.curves.setdefault(key, []).append((record["iteration"], float(value)))
+                shown = float(value) if abs(value) > 1 / _LARGEST else 0.0
+                run.curves.setdefault(key, []).append((record["iteration"], shown))
             else:
                 run.not_finite[key] = run.not_finite.get(key, 0) + 1
     for key in absent.keys() & (run.curves.keys() | {"loss", "grad_norm"}):  # these two are always measured
@@ -84,7 +85,7 @@ def _is_step(value: Any) -> bool:
 def _records(path: Path) -> tuple[list[dict[str, Any]], int]:
     """JSON objects of a JSONL file, and how many lines are none."""
     found, damaged = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

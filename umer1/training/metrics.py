@@ -182,9 +182,10 @@ def keep_until(path: Path, iteration: int) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and iteration > 0 and record.get("iteration", 0) <= iteration:
+        step = record.get("iteration") if isinstance(record, dict) else None
+        if type(step) is int and step <= iteration and iteration > 0:
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 
