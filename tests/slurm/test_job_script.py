@@ -81,7 +81,7 @@ def test_log_folders_of_odd_names(tmp_path):
     """Neither `cd`'s search path nor srun's patterns change where the logs go."""
     done = run(
         tmp_path,
-        'srun() { printf "<%s>" "$@"; }; step train -- program; wait; mkdir -p aside/logs/7/0; . "$JOB"; echo "$folder"',
+        'srun() { printf "<%s>" "$@"; }; step train -- x; wait; mkdir -p "aside/$LOGS/7/0"; . "$JOB"; echo "$folder"',
         LOGS="100%j logs",
         CDPATH="aside",
         JOB=str(JOB),
