@@ -93,7 +93,12 @@ def test_machine(monkeypatch, recipe, least):
     monkeypatch.setattr(device, "has_te", lambda: True)
     monkeypatch.setattr(fp8_module, "is_te_min_version", lambda version: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: least)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert config.machine_violations() == []
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    told = [f"fp8_recipe={recipe} needs CUDA 12.9 or above; torch has 12.8"] if recipe == "blockwise" else []
+    assert config.machine_violations() == told
+    assert len(config.device_violations("a card", (12, 0))) == (recipe == "mxfp8")
 
 
 def test_token_multiples():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from umer1.checkpoints import layout
 from umer1.configuration import field_types, load_config
 from umer1.errors import ConfigError, UserError
 from umer1.plan import command
@@ -101,6 +103,22 @@ def test_no_mfu_under_fp8(capsys):
         command.main([*flags, *further])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "model TFLOP/s a device" in line]
         assert ("MFU" in line) is quoted
+
+
+def test_fp8_that_the_planned_device_lacks():
+    """The training program would say so there, which is late."""
+    flags = ["--shape", "qwen2-vl-2b", "--hf-model", "x", "--fp8-format", "e4m3", "--fp8-recipe"]
+    for recipe, device, said in (
+        ("mxfp8", "h100", r"needs compute capability 10\.0 and below 12\.0; H100 SXM has 9\.0"),
+        ("tensorwise", "A100", r"needs compute capability 8\.9; A100 SXM 80 GB has 8\.0"),
+        ("delayed", "cpu", "needs a GPU; hardware=cpu has none"),
+    ):
+        for stage in command.STAGES:
+            with pytest.raises(ConfigError, match=said):
+                command.read_plan(stage, [*flags, recipe, "--hardware", device])
+        with pytest.raises(ConfigError, match=said):
+            dry_run("sft", ["--dry-run", *flags, recipe, "--hardware", device], CONFIGS / "mini_sft.yaml")
+    assert command.read_plan("sft", [*flags, "mxfp8", "--hardware", "b200"]).setup.hardware.name == "B200 SXM"
 
 
 def test_negatives_are_those_of_pairs_that_there_are(capsys):
@@ -237,6 +255,27 @@ def test_a_directory_needs_only_its_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     plan = command.read_plan("sft", ["--hf-model", str(tmp_path), "--hardware", "cpu", "--world-size", "2"])
     assert plan.seconds is None and plan.problems() == [] and plan.largest_micro_batch is None
+
+
+def test_the_model_of_a_run_that_is_gone_on_with(tmp_path):
+    """`--load` alone is another model than the embedded default; what holds none is told."""
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        command.read_plan("grpo", ["--load", str(tmp_path), "--hardware", "cpu"])
+    aside = layout.new_aside(tmp_path, 4)
+    shutil.copytree(ROOT / "umer1/assets/mini_base", aside / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((aside / "hf/config.json").read_text())
+    deeper = config.get("text_config", config)
+    deeper["num_hidden_layers"] = deeper["max_window_layers"] = deeper["num_hidden_layers"] + 1
+    if "layer_types" in deeper:
+        deeper["layer_types"].append(deeper["layer_types"][0])
+    (aside / "hf/config.json").write_text(json.dumps(config))
+    for name in (".metadata", "common.pt", "extra.json", "metadata.json", "rng.json"):
+        (aside / name).write_text("not looked at")
+    manifest = {"iteration": 4, "optimizer": True, "distributed_optimizer": True, "dtype": "float32"}
+    layout.seal(aside, layout.iteration_path(tmp_path, 4), manifest | {"layout": {}, "model": {}, "trained": []}, {})
+    for stage in command.STAGES:
+        plan = command.read_plan(stage, ["--load", str(tmp_path), "--hardware", "cpu", "--world-size", "2"])
+        assert plan.setup.model.num_layers == deeper["num_hidden_layers"]
 
 
 def test_tensor_parallel_groups_that_cross_nodes_are_told(capsys):

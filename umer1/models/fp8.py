@@ -16,8 +16,11 @@ from umer1 import device
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.rules import bound_problems
 
-# The CUDA compute capability that each recipe's kernels begin with.
+# The CUDA compute capability that each recipe's kernels begin with, the one that has them no more, and the CUDA that
+# they need (transformer_engine.pytorch.quantization: check_..._support; 2.9 and later).
 CAPABILITIES = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+_CAPABILITIES_END = {"mxfp8": (12, 0)}
+_CUDA = {"blockwise": (12, 9)}
 # The Transformer Engine that megatron-core 0.16.1 takes each recipe from (megatron.core.fp8_utils.get_fp8_recipe;
 # delayed is older, but since 2.0 a module's histories can be made before its first pass), and the one that its
 # distributed optimizer casts fp32 to FP8 weights with.
@@ -98,13 +101,21 @@ class FP8Config:
                 f"fp8_recipe={self.fp8_recipe}{' with fp8_param_gather' if self.fp8_param_gather else ''} needs "
                 f"transformer_engine {self._least_version()} or above; installed is {get_te_version()}"
             )
-        least, own = CAPABILITIES.get(self.fp8_recipe), torch.cuda.get_device_capability()
-        if least is not None and own < least:
-            found.append(
-                f"fp8_recipe={self.fp8_recipe} needs compute capability {least[0]}.{least[1]}; this device has "
-                f"{own[0]}.{own[1]}"
-            )
-        return found
+        cuda, built = _CUDA.get(self.fp8_recipe), torch.version.cuda
+        if cuda and built and tuple(map(int, built.split(".")[:2])) < cuda:
+            found.append(f"fp8_recipe={self.fp8_recipe} needs CUDA {cuda[0]}.{cuda[1]} or above; torch has {built}")
+        return found + self.device_violations("this device", torch.cuda.get_device_capability())
+
+    def device_violations(self, name: str, capability: tuple[int, int]) -> list[str]:
+        """What a GPU of this CUDA compute capability lacks."""
+        least, end = CAPABILITIES.get(self.fp8_recipe), _CAPABILITIES_END.get(self.fp8_recipe, (99, 0))
+        if self.fp8_format is None or least is None or least <= capability < end:
+            return []
+        below = f" and below {end[0]}.{end[1]}" if self.fp8_recipe in _CAPABILITIES_END else ""
+        return [
+            f"fp8_recipe={self.fp8_recipe} needs compute capability {least[0]}.{least[1]}{below}; {name} has "
+            f"{capability[0]}.{capability[1]}"
+        ]
 
     def _least_version(self) -> str:
         versions = [VERSIONS[self.fp8_recipe]] + ([PARAM_GATHER_VERSION] if self.fp8_param_gather else [])

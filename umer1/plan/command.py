@@ -5,11 +5,11 @@
 
     umer1 plan sft --config FILE --shape qwen2-vl-7b --world-size 8 --headline
 
-Needs no GPU and no weights: the model's shape is that of --shape, or of --hf-model's config.json.  Every setting of
-training is legal, and the settings' own rules are checked for --world-size processes; paths of data and checkpoints
-are not looked at.  The memory is counted allocation by allocation (docs/plan.md tells how far it is right); times rest
-on assumptions that are named.  --json writes the whole plan as JSON, --headline one line of it: the first of the
-recipes in examples/configs.  Status 1: the run would not fit.
+Needs no GPU and no weights: the model's shape is that of --shape, of --hf-model's config.json, or, with neither, of the
+newest checkpoint in --load.  Every setting of training is legal, and the settings' own rules are checked for
+--world-size processes; no other path is looked at.  The memory is counted allocation by allocation (docs/plan.md tells
+how far it is right); times rest on assumptions that are named.  --json writes the whole plan as JSON, --headline one
+line of it: the first of the recipes in examples/configs.  Status 1: the run would not fit.
 """
 
 import json
@@ -18,10 +18,12 @@ from typing import Any
 
 from umer1.configuration import help_text, load_config
 from umer1.errors import UserError
+from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.plan.predict import Plan, make_plan
 from umer1.plan.report import as_json, as_text, header, headline, settings_text
 from umer1.plan.settings import GRPOPlanConfig, SFTPlanConfig, training_part, without_files
 from umer1.plan.shapes import find_shape
+from umer1.training.launch import open_directory
 
 STAGES = {"sft": SFTPlanConfig, "grpo": GRPOPlanConfig}
 
@@ -59,7 +61,7 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
         world_size = config.plan.world_size
         config.parallel.resolve(world_size, gpu=config.plan.on_gpus)
         try:
-            shapes.append(find_shape(config.plan.shape, config.model.hf_model))
+            shapes.append(_shape_of(config))
         except UserError as error:
             return [str(error), *config.parallel.violations(None, world_size if world_size >= 1 else None)]
         if config.plan.processes_of_node < 1:
@@ -68,3 +70,10 @@ def read_plan(stage: str, argv: list[str]) -> Plan:
 
     config = load_config(STAGES[stage], argv, further=check)
     return make_plan(training_part(without_files(config)), shapes[0], config.plan)
+
+
+def _shape_of(config: Any) -> Qwen2VLConfig:
+    """The model's; of --load alone that of the checkpoint, which training would go on with.  Raises UserError."""
+    if config.plan.shape is None and config.model.hf_model is None and config.checkpoint.load is not None:
+        return open_directory(config, weights=False).config
+    return find_shape(config.plan.shape, config.model.hf_model)

@@ -19,6 +19,8 @@ class Hardware:
     """Dense bf16 FLOP/s of the data sheet; None: no speed is estimated."""
     bandwidth: float | None = None
     """Bytes/s of the memory, data sheet."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None: no GPU."""
     reserve_bytes: int = 0
     """Assumed: what the allocator does not count, i.e. CUDA context, NCCL's buffers, cuBLAS workspaces."""
     fragmentation: float = 0.0
@@ -39,13 +41,36 @@ class Hardware:
 _ASSUMED = dict(reserve_bytes=3 * GIB, fragmentation=0.06)
 HARDWARE = {
     "h100": Hardware(
-        name="H100 SXM", memory_bytes=79 * GIB, bf16_flops=PEAK_BF16["H100"], bandwidth=3.35e12, **_ASSUMED
+        name="H100 SXM",
+        memory_bytes=79 * GIB,
+        bf16_flops=PEAK_BF16["H100"],
+        bandwidth=3.35e12,
+        capability=(9, 0),
+        **_ASSUMED,
     ),
     "h200": Hardware(
-        name="H200 SXM", memory_bytes=139 * GIB, bf16_flops=PEAK_BF16["H200"], bandwidth=4.8e12, **_ASSUMED
+        name="H200 SXM",
+        memory_bytes=139 * GIB,
+        bf16_flops=PEAK_BF16["H200"],
+        bandwidth=4.8e12,
+        capability=(9, 0),
+        **_ASSUMED,
+    ),
+    "b200": Hardware(
+        name="B200 SXM",
+        memory_bytes=178 * GIB,
+        bf16_flops=PEAK_BF16["B200"],
+        bandwidth=8e12,
+        capability=(10, 0),
+        **_ASSUMED,
     ),
     "a100": Hardware(
-        name="A100 SXM 80 GB", memory_bytes=79 * GIB, bf16_flops=PEAK_BF16["A100"], bandwidth=2.0e12, **_ASSUMED
+        name="A100 SXM 80 GB",
+        memory_bytes=79 * GIB,
+        bf16_flops=PEAK_BF16["A100"],
+        bandwidth=2.0e12,
+        capability=(8, 0),
+        **_ASSUMED,
     ),
     "cpu": Hardware(name="CPU"),
 }

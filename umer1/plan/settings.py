@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from umer1.errors import UserError
-from umer1.plan.hardware import find_hardware
+from umer1.models.fp8 import FP8Config
+from umer1.plan.hardware import HARDWARE, find_hardware
 from umer1.plan.shapes import ShapeName
 from umer1.plan.workload import Side
 from umer1.rules import bound_problems
@@ -24,7 +25,7 @@ class PlanConfig:
     gpus_per_node: int = 8
     """Devices of one node: ranks are counted node by node."""
     hardware: str = "h100"
-    """h100, h200, a100 or cpu: memory and peak rate of one device."""
+    """h100, h200, b200, a100 or cpu: memory and peak rate of one device."""
     shape: ShapeName | None = None
     """The model by name, in place of --hf-model's config.json."""
     text_tokens: int = 160
@@ -74,6 +75,15 @@ class PlanConfig:
     def num_nodes(self) -> int:
         return math.ceil(self.world_size / self.gpus_per_node)
 
+    def device_violations(self, fp8: FP8Config) -> list[str]:
+        """What the named device lacks for FP8, which the training program would be told by its own."""
+        if fp8.fp8_format is None or self.hardware.lower() not in HARDWARE:
+            return []
+        device = find_hardware(self.hardware)
+        if device.capability is None:
+            return [f"fp8_format needs a GPU; hardware={self.hardware} has none"]
+        return fp8.device_violations(device.name, device.capability)
+
     def side(self, *, response: int) -> Side:
         """A side as it is assumed."""
         return Side(text=self.text_tokens, response=response, patches=self.patches_per_side)
@@ -97,12 +107,18 @@ class SFTDryRunConfig(SFTConfig):
 
     plan: PlanConfig = field(default_factory=PlanConfig)
 
+    def violations(self) -> list[str]:
+        return SFTConfig.violations(self) + self.plan.device_violations(self.fp8)
+
 
 @dataclass(kw_only=True, slots=True)
 class GRPODryRunConfig(GRPOConfig):
     """Settings of GRPO and of its plan."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def violations(self) -> list[str]:
+        return GRPOConfig.violations(self) + self.plan.device_violations(self.fp8)
 
 
 @dataclass(kw_only=True, slots=True)
