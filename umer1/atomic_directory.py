@@ -50,7 +50,10 @@ def publish(aside: Path, destination: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a directory so that its name never stands for half of it: renamed aside first."""
+    """Remove a directory so that its name never stands for half of it: renamed aside first; of a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+        return
     aside = aside_path(path, "removed")
     os.rename(path, aside)
     fsync_directory(path.parent)

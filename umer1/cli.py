@@ -25,6 +25,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run `umer1 COMMAND ...`."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are no text to the locale
     arguments = sys.argv[1:]
     name = arguments[0] if arguments else "--help"
     with exit_on_user_error(f"umer1 {name}" if name in COMMANDS else "umer1"):

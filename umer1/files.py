@@ -134,19 +134,16 @@ def dispensable(what: str) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """As UTF-8.  Half a surrogate pair, which names out of data files may hold, becomes the escape that it was."""
     with atomic_path(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Readable JSON.  Half a surrogate pair, which names out of data files may hold, stays the escape that it was."""
-    write_text(path, _encodable(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
+    """Readable JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: str | Path, values: Iterable[Any]) -> None:
     """The same, a line each."""
-    write_text(path, "".join(_encodable(json.dumps(value, ensure_ascii=False)) + "\n" for value in values))
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))

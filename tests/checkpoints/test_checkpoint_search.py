@@ -154,6 +154,7 @@ DAMAGE = {
     "empty directory": lambda d: (shutil.rmtree(d), d.mkdir()),
     "link in place of a shard": _link,
     "code in .metadata": _evil_metadata,
+    "something else in .metadata": lambda d: ((d / ".metadata").write_bytes(pickle.dumps({})), _reseal(d)),
     "code in common.pt": _evil_common,
     "code in an old-style common.pt": _legacy_common,
     "code in a second data.pkl": _two_pickles,

@@ -167,14 +167,17 @@ def test_prune_beside_a_run_that_removes_the_same(run, capsys, monkeypatch):
     assert layout.list_iterations(run) == [10, 12]
 
 
-def test_prune(run, capsys):
+def test_prune(run, tmp_path, capsys):
+    """Of a checkpoint that was moved to another disk the link goes."""
+    moved = layout.iteration_path(run, 2).rename(tmp_path / "moved")
+    layout.iteration_path(run, 2).symlink_to(moved)
     words = ["prune", str(run), "--keep-latest-checkpoints", "2", "--keep-every", "4"]
     checkpoint_command.main([*words, "--dry-run"])
     assert layout.list_iterations(run) == [2, 4, 6, 8, 10, 12]
     assert "would remove iter_0000006" in capsys.readouterr().out
     checkpoint_command.main(words)
-    assert layout.list_iterations(run) == [4, 8, 10, 12]
-    assert "4 checkpoints stay" in capsys.readouterr().out
+    assert layout.list_iterations(run) == [4, 8, 10, 12] and not list(run.glob(".*"))
+    assert "4 checkpoints stay" in capsys.readouterr().out and (moved / layout.MANIFEST).exists()
 
 
 def test_prune_never_takes_the_last_whole_one(run):

@@ -72,6 +72,12 @@ def test_a_step_run_again_replaces_its_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000007.jsonl", "iter_0000007.txt"]
 
 
+def test_half_a_surrogate_pair_in_a_name_stays_the_escape_that_it_was(tmp_path):
+    write_rollouts(tmp_path, [entry(dataset="a\ud800")])
+    (text,), (line,) = ([path.read_text() for path in tmp_path.glob(f"*.{end}")] for end in ("txt", "jsonl"))
+    assert "(a\\ud800, record" in text and json.loads(line)["dataset"] == "a\ud800"
+
+
 def test_entries_of_one_step_alone(tmp_path):
     for entries in ([], [entry(1), entry(2)]):
         with pytest.raises(ValueError, match="one step"):

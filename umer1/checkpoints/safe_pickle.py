@@ -58,12 +58,15 @@ def check_pickles(directory: Path, files: set[str]) -> None:
     """Raise ValueError if `.metadata` or `common.pt` holds more than passive data or points out of `files`."""
     metadata = _load(".metadata", _Unpickler(_read_metadata(directory / ".metadata"), permitted=_METADATA_GLOBALS))
     _load("common.pt", _Unpickler(_read_common(directory / "common.pt"), stand_ins=_COMMON_STAND_INS))
-    kinds = {type(entry).__name__ for entry in metadata.state_dict_metadata.values()}
+    try:
+        kinds = {type(entry).__name__ for entry in metadata.state_dict_metadata.values()}
+        places = {str(info.relative_path) for info in metadata.storage_data.values()}
+    except (AttributeError, TypeError) as error:  # passive, and something else
+        raise ValueError(f".metadata is not a checkpoint's ({error})") from error
     if kinds - {"TensorStorageMetadata"}:
         # Other entries are pickled objects inside the shards, which torch would load without a check.
         raise ValueError(f".metadata lists entries that are not tensors ({', '.join(sorted(kinds))})")
-    outside = {str(info.relative_path) for info in metadata.storage_data.values()} - files
-    if outside:
+    if outside := places - files:
         raise ValueError(f".metadata points to files that the manifest does not list: {', '.join(sorted(outside)[:4])}")
 
 

@@ -42,9 +42,7 @@ def main(argv: list[str]) -> None:
         raise UserError("\n".join(problems))
     output = given.output or places[0][1] / "report.html"
     try:
-        text = page(runs, f"umer1 {__version__} report")
-        # Half a surrogate pair, which names out of data files may hold, is shown as the escape that it was.
-        write_text(output, text.encode("utf-8", "backslashreplace").decode())
+        write_text(output, page(runs, f"umer1 {__version__} report"))
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from None
     noun = "run" if len(runs) == 1 else "runs"

@@ -51,4 +51,4 @@ def list_samples(path: Path, record: dict) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file, locked(file):
-        os.write(file.fileno(), json.dumps(clean, ensure_ascii=False).encode() + b"\n")
+        os.write(file.fileno(), json.dumps(clean).encode() + b"\n")
