@@ -99,6 +99,7 @@ def test_machine(monkeypatch, recipe, least):
     told = [f"fp8_recipe={recipe} needs CUDA 12.9 or above; torch has 12.8"] if recipe == "blockwise" else []
     assert config.machine_violations() == told
     assert len(config.device_violations("a card", (12, 0))) == (recipe == "mxfp8")
+    assert FP8Config(fp8_format="hybrid", fp8_recipe="int8").machine_violations() == []  # told by `violations`
 
 
 def test_token_multiples():

@@ -118,7 +118,8 @@ class FP8Config:
         ]
 
     def _least_version(self) -> str:
-        versions = [VERSIONS[self.fp8_recipe]] + ([PARAM_GATHER_VERSION] if self.fp8_param_gather else [])
+        versions = [VERSIONS.get(self.fp8_recipe, VERSIONS["delayed"])]  # `violations` tells a recipe that is none
+        versions += [PARAM_GATHER_VERSION] if self.fp8_param_gather else []
         return max(versions, key=lambda version: [int(part) for part in version.split(".")])
 
     def model_violations(self, model: Qwen2VLConfig, tensor_ranks: int, stages: int) -> list[str]:
