@@ -10,7 +10,7 @@ from umer1.distributed.parallel import ParallelConfig, init_distributed
 from umer1.errors import UserError
 from umer1.training.checkpoint import CheckpointConfig
 from umer1.training.config import SFTConfig
-from umer1.training.metrics import LoggingConfig, MetricsLogger
+from umer1.training.metrics import LoggingConfig, MetricsLogger, keep_until
 from umer1.training.offending import LossWatch
 from umer1.training.sft import SFTTrainer
 
@@ -37,6 +37,15 @@ def test_lines_of_the_record_are_said_once(tmp_path, capsys):
         logger.log({**RECORD, "iteration": iteration, "eta_seconds": 1.0})
     logger.close()
     assert capsys.readouterr().err.count("No space left on device; training goes on") == 1
+
+
+def test_a_damaged_record_stops_no_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = ['{"iteration": 1}', '{"iteration": 2}']
+    damaged = ['{"iteration": []}', '{"iteration": "2"}', "[1]", 5000 * "9", 3000 * "[", '{"iteration": 3}', '{"itera']
+    path.write_text("\n".join([whole[0], *damaged[:-1], whole[1], damaged[-1]]))
+    keep_until(path, 2)
+    assert path.read_text().splitlines() == whole
 
 
 def test_samples_that_cannot_be_listed_are_named_in_the_message(trainer, capsys):
