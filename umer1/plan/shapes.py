@@ -41,7 +41,8 @@ def find_shape(name: str | None, directory: str | None) -> Qwen2VLConfig:
     if name is not None:
         return SHAPES[name]
     if directory is None:
-        raise UserError(f"no model is named; give --shape {' or '.join(SHAPES)}, or --hf-model DIR with a config.json")
+        names = " or ".join(SHAPES)
+        raise UserError(f"no model is named; give --shape {names}, or --hf-model DIR with a config.json, or --load RUN")
     path = Path(directory) / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
