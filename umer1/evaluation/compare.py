@@ -69,9 +69,9 @@ def compare(results: dict[str, dict], png: str | Path | None = None) -> str:
         text, columns = compare_mmeb(results)
         if png is not None:
             figure = new_figure(max(9, 1.2 * len(columns)), 4.2)
-            draw_bars(
-                figure.subplots(), {name: {label: row[name] for label, row in columns.items()} for name in results}
-            )
+            short = {label: label.replace(" (", "\n(") for label in columns}  # side by side under their bars
+            series = {name: {short[label]: row[name] for label, row in columns.items()} for name in results}
+            draw_bars(figure.subplots(), series)
             save_figure(figure, png)
         return text
     return _compare_mini(results, png)
