@@ -43,8 +43,8 @@ def test_killed_and_resumed(tmp_path):
     texts = {side_key(side): side.text for sample in samples for _, side in sample.sides()}
     assert len(samples) == 1000 and len(texts) == 2000
     seed = time.time_ns()
-    with Teacher(fail=0.1, stall=0.004, seed=seed) as teacher:
-        more = ["--concurrency", str(CONCURRENCY), "--request-timeout-seconds", "1", "--pairs-per-shard", "300"]
+    with Teacher(fail=0.1, stall=0.004, stall_seconds=15, seed=seed) as teacher:
+        more = ["--concurrency", str(CONCURRENCY), "--request-timeout-seconds", "5", "--pairs-per-shard", "300"]
         arguments = flags(
             tmp_path, inputs, teacher.url, *more, "--progress-seconds", "0.2", "--output-token-price", "2"
         )
