@@ -19,7 +19,7 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2 --max-tokens-per-micro-batch 500"),
     "pp2-vpp": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 64"),
 }
-# Issue item 6: reward and parts, spread, KL, clip share, entropy, lengths, missing, mismatch, seconds, rates.
+# Reward and parts, spread, KL, clip share, entropy, lengths, missing, mismatch, seconds, rates.
 FIGURES = (
     "reward reward_format reward_embedding ranking margin reward_std zero_spread_share kl clip_share entropy "
     "response_length cut_off_share missing_gen_emb_share failed_share mismatch_mean mismatch_k3 mismatch_p99 "

@@ -1,4 +1,4 @@
-"""Three AdamW steps of the real program, exported, against plain transformers, in every layout (issue: "Shows").
+"""Three AdamW steps of the real program, exported, against plain transformers, in every layout.
 
 Each case runs examples/pretrain_sft.py as a program of several ranks and reads the exported directory.
 """
