@@ -21,6 +21,14 @@ _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, str(_SITE), os.environ.get("PYTHONPATH", "")]))
 
 
+# Files of minutes, the longest first: begun last, one would keep a process busy while the others idle.
+_LONGEST = (
+    *("test_slurm.py", "test_grpo_resume.py", "test_grpo_vllm_faults.py", "test_kill_and_resume.py"),
+    *("test_random_kills.py", "test_grpo_parity.py", "test_sft_parity.py", "test_grpo_program.py"),
+    *("test_grpo_vllm_program.py", "test_watching.py", "test_fp8_files.py", "test_mmeb_command.py"),
+)
+
+
 def pytest_collection_modifyitems(items):
-    """The folders with the longest tests first: begun last, they would keep one process busy while the others idle."""
-    items.sort(key=lambda item: not {"slurm", "training"} & set(item.path.parts))
+    places = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))

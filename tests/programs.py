@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -67,6 +68,35 @@ def run_in_forks(
                 _kill(process)
         out, err = ("".join(p.read_text() for p in sorted(Path(folder).glob(f"*.{n}"))) for n in ("stdout", "stderr"))
     return subprocess.CompletedProcess(words, status, out, err)
+
+
+class Forked:
+    """A program of one process that has been started so and runs, in a session of its own."""
+
+    def __init__(self, program: Path, arguments: list[str], output: Path):
+        """output: where its .stdout and .stderr go."""
+        self._files = [Path(f"{output}.{name}") for name in ("stdout", "stderr")]
+        words = ([str(program), *arguments], {**os.environ, **_SETTINGS}, str(output))
+        with rank_context() as context:
+            self.process = context.Process(target=_rank, args=words)
+            self.process.start()
+
+    @property
+    def output(self) -> str:
+        return "".join(file.read_text() for file in self._files if file.exists())
+
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def wait_until(self, condition: Callable[[], object], seconds: float) -> None:
+        """Until the condition is true, the program has ended or time is up."""
+        deadline = time.monotonic() + seconds
+        while not condition() and not self.ended() and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        """Everything at once, as a machine that loses its power."""
+        _kill(self.process)
 
 
 def _first_failure(ranks: list, timeout: float) -> int:

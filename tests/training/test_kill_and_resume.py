@@ -1,8 +1,9 @@
-"""Killed at random moments, mid-save included, a run resumes and ends with the weights of the undisturbed one."""
+"""Signals, full disks, another layout, a dead launcher: a run resumes and ends with the weights of the undisturbed one.
 
-import json
+Kills at random moments: test_random_kills.py.
+"""
+
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,15 +14,14 @@ import pytest
 import torch
 from checkpoint_runs import mount_disk, remount, unmount
 from grpo_runs import is_running
+from programs import SFT
 from safetensors.torch import load_file
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.checkpoints import layout
 
-ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 24
-MANY_KILLS = ("--train-iters", "80")  # of the run that is killed again and again
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,21 @@ def setting(tmp_path_factory):
     return model, data
 
 
-def start(setting, folder: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
-    """The program in a session of its own, with one log line a step; saves every second step into folder/run."""
+def arguments(setting, folder: Path, *flags: str) -> list[str]:
+    """Of a run with one log line a step that saves every second step into folder/run; later flags win."""
     model, data = setting
+    base = ["--hf-model", str(model), "--data-path", str(data), "--data-root", str(data.parent), "--fp32"]
+    base += f"--global-batch-size 4 --micro-batch-size 2 --train-iters {ITERATIONS} --lr 1e-3".split()
+    base += ["--save", str(folder / "run"), "--save-interval", "2", "--export-hf", str(folder / "hf")]
+    return [*base, "--lr-warmup-iters", "4", "--data-block-size", "4", *flags]
+
+
+def start(setting, folder: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
+    """The program in a session of its own."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "examples" / "pretrain_sft.py"), "--hf-model", str(model), "--data-path", str(data)]
-    command += ["--data-root", str(data.parent), "--save", str(folder / "run"), "--save-interval", "2", "--fp32"]
-    command += f"--global-batch-size 4 --micro-batch-size 2 --train-iters {ITERATIONS} --lr 1e-3".split()
-    command += ["--lr-warmup-iters", "4", "--export-hf", str(folder / "hf"), "--data-block-size", "4", *flags]
+    command += [str(SFT), *arguments(setting, folder, *flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -88,42 +93,6 @@ def undisturbed(setting, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     finish(start(setting, folder))
     return folder
-
-
-def test_killed_at_twenty_random_moments(setting, tmp_path):
-    """Half of the kills wait until a checkpoint is being written, in the step or in the background by turns.
-
-    The delays are drawn anew in every run.
-    """
-    seed = random.randrange(2**32)
-    print(f"delays drawn with seed {seed}")
-    rng = random.Random(seed)
-    kills = 0
-    for attempt in range(20):
-        process = start(setting, tmp_path, *MANY_KILLS, *(["--async-save"] if attempt % 4 > 1 else []))
-        for _ in range(rng.randint(1, 4)):
-            wait_for(process, "elapsed time")
-        if attempt % 2:
-            deadline = time.monotonic() + 5
-            while process.poll() is None and time.monotonic() < deadline:
-                if list((tmp_path / "run").glob(".*")):
-                    break
-                time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
-        if process.poll() is not None:
-            break
-        kill(process)
-        kills += 1
-    print(f"{kills} kills")
-    assert kills >= 10, "the run ended before it could be disturbed; make it longer"
-    out = finish(start(setting, tmp_path, *MANY_KILLS, "--async-save"))
-    assert "resumed at iteration" in out
-    undisturbed = tmp_path / "undisturbed"
-    finish(start(setting, undisturbed, *MANY_KILLS))
-    assert_identical(tmp_path, undisturbed)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for name in ("seconds_save", "seconds_save_background"):
-        assert any(record.get(name, 0) > 0 for record in records), name
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing(setting, undisturbed, tmp_path):
