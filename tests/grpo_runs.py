@@ -4,10 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
+
+from programs import interpreter
 
 TESTS = Path(__file__).resolve().parent
 LETTERS = "[{name: 'toy_rewards:letters', weight: 1.0}]"
@@ -23,9 +24,6 @@ class Program:
 
         under: words before it all, a tracer's for example.
         """
-        start = [*under, sys.executable]
-        if processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         self.script = command[0].encode()
         self.mark = uuid.uuid4().hex
         environment = {
@@ -39,7 +37,7 @@ class Program:
         self.log = folder / f"log-{len(list(folder.glob('log-*')))}.txt"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                start + command,
+                [*under, *interpreter(processes), *command],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

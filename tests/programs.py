@@ -29,14 +29,17 @@ _SETTINGS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _PORTS = (15_000, 30_000)  # below those that the system gives to whoever asks for any
 
 
+def interpreter(processes: int) -> list[str]:
+    """The words before a program's: several ranks have torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else [])]
+
+
 def run_program(
     program: Path, arguments: list[str], processes: int = 1, *, timeout: float = 300, **variables: str
 ) -> subprocess.CompletedProcess:
     """The ended program, under torchrun where it has several ranks."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(program), *arguments]
+    command = [*interpreter(processes), str(program), *arguments]
     environment = {**os.environ, **_SETTINGS, **variables}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 

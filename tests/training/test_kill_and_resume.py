@@ -6,7 +6,6 @@ Kills at random moments: test_random_kills.py.
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from checkpoint_runs import mount_disk, remount, unmount
 from grpo_runs import is_running
-from programs import SFT
+from programs import SFT, interpreter
 from safetensors.torch import load_file
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
@@ -43,10 +42,7 @@ def arguments(setting, folder: Path, *flags: str) -> list[str]:
 
 def start(setting, folder: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
     """The program in a session of its own."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [str(SFT), *arguments(setting, folder, *flags)]
+    command = [*interpreter(processes), str(SFT), *arguments(setting, folder, *flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True

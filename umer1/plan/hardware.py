@@ -38,40 +38,24 @@ class Hardware:
         return int((self.memory_bytes - self.reserve_bytes) / (1 + self.fragmentation))
 
 
-_ASSUMED = dict(reserve_bytes=3 * GIB, fragmentation=0.06)
+def _gpu(name: str, memory_gib: int, bandwidth: float, capability: tuple[int, int]) -> Hardware:
+    """`name` begins with the one that `PEAK_BF16` has; what is assumed is the same for all."""
+    return Hardware(
+        name=name,
+        memory_bytes=memory_gib * GIB,
+        bf16_flops=PEAK_BF16[name.split()[0]],
+        bandwidth=bandwidth,
+        capability=capability,
+        reserve_bytes=3 * GIB,
+        fragmentation=0.06,
+    )
+
+
 HARDWARE = {
-    "h100": Hardware(
-        name="H100 SXM",
-        memory_bytes=79 * GIB,
-        bf16_flops=PEAK_BF16["H100"],
-        bandwidth=3.35e12,
-        capability=(9, 0),
-        **_ASSUMED,
-    ),
-    "h200": Hardware(
-        name="H200 SXM",
-        memory_bytes=139 * GIB,
-        bf16_flops=PEAK_BF16["H200"],
-        bandwidth=4.8e12,
-        capability=(9, 0),
-        **_ASSUMED,
-    ),
-    "b200": Hardware(
-        name="B200 SXM",
-        memory_bytes=178 * GIB,
-        bf16_flops=PEAK_BF16["B200"],
-        bandwidth=8e12,
-        capability=(10, 0),
-        **_ASSUMED,
-    ),
-    "a100": Hardware(
-        name="A100 SXM 80 GB",
-        memory_bytes=79 * GIB,
-        bf16_flops=PEAK_BF16["A100"],
-        bandwidth=2.0e12,
-        capability=(8, 0),
-        **_ASSUMED,
-    ),
+    "h100": _gpu("H100 SXM", 79, 3.35e12, (9, 0)),
+    "h200": _gpu("H200 SXM", 139, 4.8e12, (9, 0)),
+    "b200": _gpu("B200 SXM", 178, 8e12, (10, 0)),
+    "a100": _gpu("A100 SXM 80 GB", 79, 2.0e12, (8, 0)),
     "cpu": Hardware(name="CPU"),
 }
 
