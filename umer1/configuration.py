@@ -109,6 +109,11 @@ def convert(name: str, value: Any, wanted: Any) -> Any:
     raise AssertionError(f"{name}: no rule for {wanted}")
 
 
+def _is_bool(wanted: Any) -> bool:
+    """Whether a field is true or false, or left open."""
+    return bool in (wanted, *typing.get_args(wanted))
+
+
 def _is_words(wanted: Any) -> bool:
     """Whether a field takes several words: `list[str]`, or None."""
     return list[str] in (wanted, *typing.get_args(wanted))
@@ -233,9 +238,9 @@ def read_flags(argv: list[str], config_class: type, problems: list[str]) -> tupl
         if name not in known:
             if flag in NEGATIVE_FLAGS:
                 negative = NEGATIVE_FLAGS[flag]
-            elif name.startswith("no_") and name[3:] in known and known[name[3:]][1] is bool:
+            elif name.startswith("no_") and name[3:] in known and _is_bool(known[name[3:]][1]):
                 negative = name[3:]
-        is_bool = name in known and bool in (known[name][1], *typing.get_args(known[name][1]))
+        is_bool = name in known and _is_bool(known[name][1])
         if negative or (is_bool and not has_value):
             if negative and has_value:
                 problems.append(f"--{flag} takes no value")
@@ -340,7 +345,7 @@ def help_text(config_class: type, intro: str) -> str:
         defaults = getattr(config_class(), section_name)
         for field in dataclasses.fields(section):
             flag = "--" + field.name.replace("_", "-")
-            if hints[field.name] is bool:
+            if _is_bool(hints[field.name]):
                 negative = next((n for n, f in NEGATIVE_FLAGS.items() if f == field.name), f"no-{flag[2:]}")
                 flag = f"{flag} / --{negative}"
             if legal := _legal_values(hints[field.name]):

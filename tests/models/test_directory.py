@@ -170,3 +170,17 @@ def test_tokenizer_larger_than_the_table(tmp_path):
     _edit(path / "config.json", vocab_size=200)
     with pytest.raises(UserError, match="do not belong together"):
         HFDirectory.open(path)
+
+
+def test_parts_of_processor_config_come_first(tmp_path):
+    """As transformers 5.17 looks for them, kind by kind."""
+    path = make_tiny_directory(tmp_path / "model", layers=1)
+    plain = HFDirectory.open(path).image_settings
+    part = plain | {"max_pixels": 3136, "size": {"shortest_edge": 784, "longest_edge": 3136}}
+    (path / "processor_config.json").write_text(json.dumps({"processor_class": "X", "image_processor": part}))
+    (path / "video_preprocessor_config.json").write_text(json.dumps({"max_pixels": 5000}))
+    found = HFDirectory.open(path)
+    assert found.image_settings == part and found.video_settings == {"max_pixels": 5000}
+    (path / "processor_config.json").write_text(json.dumps({"video_processor": {"max_pixels": 6000}}))
+    found = HFDirectory.open(path)
+    assert found.image_settings == plain and found.video_settings == {"max_pixels": 6000}

@@ -43,10 +43,12 @@ from umer1.annotation.samples import Broken, Sample, side_key
 from umer1.annotation.selection import Selection, read_contents
 from umer1.annotation.sources import read_samples
 from umer1.configuration import help_text, load_config
+from umer1.data.images import ImageConfig
 from umer1.data.media import MediaRoot
 from umer1.data.schema import Side
 from umer1.errors import UserError
 from umer1.files import make_folder
+from umer1.inference.engine import EngineConfig, open_directory
 
 # What shapes an answer: a journal goes on with these alone.
 _ANSWER_SETTINGS = (
@@ -75,13 +77,21 @@ def main(argv: list[str]) -> None:
         print(f"umer1 annotate: {line}", file=sys.stderr, flush=True)
 
 
+def _num_frames(engine: EngineConfig) -> int:
+    """Of a video: as asked for, else as the model that ranks the pairs was trained, where one is given."""
+    if engine.num_frames is None and engine.model:
+        return ImageConfig.of_directory(open_directory(engine), engine).num_frames
+    return engine.num_frames or ImageConfig().num_frames
+
+
 class Annotation:
     """One run: scan, ask, write.  To be used in a `with`, which lets go of the journal."""
 
     def __init__(self, command: AnnotateCommand):
         self.command, config = command, command.annotate
         self.media = MediaRoot(config.data_root, max_source_pixels=command.teacher.max_source_pixels)
-        self.library = Library(self.media, num_frames=command.engine.num_frames, folder=config.embedded_folder)
+        command.engine.num_frames = frames = _num_frames(command.engine)
+        self.library = Library(self.media, num_frames=frames, folder=config.embedded_folder)
         self.judge = AnswerFilter.open(command.filters, config.tokenizer)
         settings = {name: getattr(command.teacher, name) for name in _ANSWER_SETTINGS}
         self.journal = Journal(Path(config.output) / JOURNAL_FILE, settings, forget_refusals=config.ask_refused_again)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from umer1.data.bad_samples import BadSample
+from umer1.data.input_settings import InputSettings
 from umer1.errors import ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -66,13 +67,17 @@ class ImageConfig:
         """`from_settings` of an opened model directory.
 
         bounds: settings whose min_pixels, max_pixels, video_min_pixels, video_max_pixels and num_frames win where set.
+            Then the directory's preprocessor files count, and for num_frames what training left there.
         """
         names = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "num_frames")
+        wanted = {name: getattr(bounds, name, None) for name in names}
+        if wanted["num_frames"] is None and (kept := InputSettings.read(directory)):
+            wanted["num_frames"] = kept.num_frames
         return ImageConfig.from_settings(
             directory.config.vision,
             directory.image_settings,
             directory.video_settings,
-            **({} if bounds is None else {name: getattr(bounds, name) for name in names}),
+            **wanted,
         )
 
     @staticmethod

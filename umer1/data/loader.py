@@ -72,14 +72,16 @@ class DataConfig:
     """Fewest pixels of a video frame after resizing; default: the model directory's, else 3136."""
     video_max_pixels: int | None = None
     """Most pixels of a video frame after resizing; default: the model directory's, else 25088."""
-    num_frames: int = 8
-    """Frames that are taken from a video file, evenly spaced; lists of frames are taken as they are."""
+    num_frames: int | None = None
+    """Frames that are taken from a video file, evenly spaced; lists of frames are taken as they are.  Default: what
+    the model directory's training took, else 8."""
     max_frames: int = MAX_FRAMES
     """Most frames in a list of frames; a longer one is a bad sample."""
     max_source_pixels: int = MAX_SOURCE_PIXELS
     """Most pixels of an image file as it is stored, checked before it is decoded."""
-    blank_image_for_text: bool = False
-    """Give text-only sides a white 28 x 28 image, as the published UME-R1 code does."""
+    blank_image_for_text: bool | None = None
+    """Give text-only sides a white 28 x 28 image, as the published UME-R1 code does.  Default: as in the training that
+    the model directory comes from, else off."""
 
     def violations(self, dp_size: int | None = None) -> list[str]:
         """Every broken rule; with `dp_size` those of the layout too."""

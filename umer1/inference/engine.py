@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from umer1 import device as devices
 from umer1.checkpoints.source import load_model_weights, open_model
 from umer1.data.images import ImageConfig
+from umer1.data.input_settings import settle_inputs
 from umer1.data.processor import Processor
 from umer1.data.schema import Sequence
 from umer1.distributed.parallel import ParallelConfig, ParallelState, launched_world_size
@@ -61,14 +62,15 @@ class EngineConfig:
     max_pixels: int | None = None
     """Most pixels of an image after resizing; unset: as the model's directory says."""
     video_min_pixels: int | None = None
-    """Fewest pixels of a video frame after resizing."""
+    """Fewest pixels of a video frame after resizing; unset: as the model's directory says."""
     video_max_pixels: int | None = None
-    """Most pixels of a video frame after resizing."""
-    num_frames: int = 8
+    """Most pixels of a video frame after resizing; unset: as the model's directory says."""
+    num_frames: int | None = None
     """Frames that are taken from a video file, or from a folder of frames (MMEB-V2, annotate), evenly spaced; lists of
-    frames in an input are taken as they are."""
-    blank_image_for_text: bool = False
-    """Give every input without media a 28 x 28 white image, as upstream does (to reproduce its numbers)."""
+    frames in an input are taken as they are.  Unset: as the model's directory says, else 8."""
+    blank_image_for_text: bool | None = None
+    """Give every input without media a 28 x 28 white image, as upstream does.  Unset: as the model's directory says,
+    else off."""
 
     def violations(self) -> list[str]:
         found = [] if self.model else ["--model is required"]
@@ -108,7 +110,8 @@ def open_directory(config: EngineConfig) -> HFDirectory:
 
 
 def make_processor(config: EngineConfig, directory: HFDirectory) -> Processor:
-    """The processor of the model's directory under the bounds of `config`."""
+    """The processor of the model's directory under the bounds of `config`, whose open settings are filled in."""
+    settle_inputs(config, directory)
     return Processor(
         directory.tokenizer,
         directory.special,

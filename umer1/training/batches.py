@@ -18,6 +18,7 @@ from umer1.data.blend import Blend
 from umer1.data.data_path import data_files
 from umer1.data.dataset import PairDataset, RecordFile
 from umer1.data.images import ImageConfig
+from umer1.data.input_settings import settle_inputs
 from umer1.data.loader import DataConfig, Loader, StepData, StepMaker
 from umer1.data.packing import pack, pair_cost, plan_micro_batches
 from umer1.data.processor import Processor
@@ -37,7 +38,8 @@ R = TypeVar("R", bound=RecordFile)
 
 
 def make_processor(data: DataConfig, directory: HFDirectory, max_length: int | None) -> Processor:
-    """The processor that training uses; `max_length` in tokens of one side."""
+    """The processor that training uses, `max_length` in tokens of one side; open settings of `data` are filled in."""
+    settle_inputs(data, directory)
     return Processor(
         directory.tokenizer,
         directory.special,

@@ -19,7 +19,8 @@ from umer1.checkpoints import layout as directories
 from umer1.checkpoints.search import find_checkpoint, read_json
 from umer1.checkpoints.sharded_state import read_sharded
 from umer1.checkpoints.shards import ShardTaker
-from umer1.checkpoints.source import model_differences
+from umer1.checkpoints.source import ASSETS, model_differences
+from umer1.data.input_settings import InputSettings
 from umer1.distributed.fp8_weights import cast_main_weights, set_main_weights
 from umer1.distributed.parallel import ParallelState
 from umer1.errors import UserError
@@ -234,6 +235,7 @@ class Checkpointer:
         """Differences that would end in a wrong load, as one UserError."""
         problems = model_differences(manifest, models)
         if optimizer is not None:
+            problems += self._input_differences(path)
             theirs, ours = set(manifest["trained"]), set(trained_names(models, self.state))
             if theirs != ours:
                 names = ", ".join(sorted(theirs ^ ours)[:6])
@@ -244,6 +246,14 @@ class Checkpointer:
                 )
         if problems:
             raise UserError(f"{path} does not fit this run: " + "; ".join(problems))
+
+    def _input_differences(self, path: Path) -> list[str]:
+        """What the model saw so far and would not see any more, one clause each."""
+        there = InputSettings.read(HFDirectory.open(path / ASSETS, weights=False))
+        here = InputSettings.read(self.assets)
+        if there is None or here is None or not (found := here.differences(there)):
+            return []
+        return [*found, "give these flags as they were, or take the weights alone (--load with --finetune)"]
 
     def _say(self, text: str) -> None:
         if self.state.rank == 0:

@@ -17,6 +17,7 @@ import sys
 from contextlib import ExitStack
 
 from umer1.configuration import help_text, load_config
+from umer1.data.images import ImageConfig
 from umer1.distributed.parallel import init_distributed, launched_rank
 from umer1.evaluation.mmeb_v2.config import MMEBCommand, MMEBConfig
 from umer1.evaluation.mmeb_v2.coverage import check_coverage, coverage_report
@@ -65,7 +66,8 @@ def _evaluate(command: MMEBCommand, specs: list[TaskSpec]) -> None:
         if kept_in is not None:
             on_first(lambda: held.enter_context(alone_in(kept_in)), state)
         opened = None if config.check else open_newest(command, state)  # a model that does not fit is said at once
-        memory = Memory(kept_in, config.data_root, command.engine.num_frames, config.max_queries)
+        frames = opened[1].image_config.num_frames if opened else command.engine.num_frames or ImageConfig().num_frames
+        memory = Memory(kept_in, config.data_root, frames, config.max_queries)
         covered = survey(specs, memory, state)
         if config.check and state.rank == 0:
             print(coverage_report(covered, specs), flush=True)

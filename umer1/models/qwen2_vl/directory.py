@@ -6,7 +6,7 @@ so is where transformers once loaded the files from, which may be a path of some
 
 import json
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ DISC_EMB = "<disc_emb>"
 # docs/method.md, 1: the embedding tokens, in the order in which they are added, and whose rows they start from
 _INITIAL_FROM = {GEN_EMB: "<|object_ref_end|>", DISC_EMB: "<|object_ref_start|>"}
 
+INPUTS_NAME = "umer1_inputs.json"  # what umer1's training shaped the model's inputs by
+
 # Small text files of a directory; what is there is kept in memory and written beside every export and checkpoint.
 _ASSETS = (
     "config.json",
@@ -40,6 +42,7 @@ _ASSETS = (
     "chat_template.json",
     "chat_template.jinja",
     "generation_config.json",
+    INPUTS_NAME,
 )
 _NOT_PASSED_ON = ("auto_map", "_name_or_path", "name_or_path")  # Python code, and where files were loaded from
 _MAX_ASSET_BYTES = 64 << 20  # Qwen2-VL's tokenizer.json has 7 MB
@@ -112,14 +115,30 @@ class HFDirectory:
 
     @property
     def image_settings(self) -> dict[str, Any]:
-        """preprocessor_config.json as it stands (or processor_config.json's image part); {} when there is neither."""
-        return _parse(self.path, self.assets, "preprocessor_config.json") or self._processor_part("image_processor")
+        """The image part of processor_config.json, as transformers looks for it, else preprocessor_config.json; {} when
+        there is neither."""
+        return self._processor_part("image_processor") or _parse(self.path, self.assets, "preprocessor_config.json")
 
     @property
     def video_settings(self) -> dict[str, Any]:
-        """video_preprocessor_config.json as it stands (or processor_config.json's video part); {} without either."""
-        settings = _parse(self.path, self.assets, "video_preprocessor_config.json")
-        return settings or self._processor_part("video_processor")
+        """The video part of processor_config.json, else video_preprocessor_config.json; {} without either."""
+        settings = self._processor_part("video_processor")
+        return settings or _parse(self.path, self.assets, "video_preprocessor_config.json")
+
+    @property
+    def input_settings(self) -> dict[str, Any]:
+        """umer1_inputs.json as it stands; {} where the model was not trained by umer1."""
+        return _parse(self.path, self.assets, INPUTS_NAME)
+
+    def with_settings(self, image: dict[str, Any], video: dict[str, Any], inputs: dict[str, Any]) -> "HFDirectory":
+        """The same model with other contents of these files; what processor_config.json says of them goes with it."""
+        assets = dict(self.assets)
+        if parts := _parse(self.path, assets, "processor_config.json"):
+            found = {"image_processor": image, "video_processor": video}
+            assets["processor_config.json"] = _dump(parts | {name: found[name] for name in found if name in parts})
+        assets["preprocessor_config.json"], assets["video_preprocessor_config.json"] = _dump(image), _dump(video)
+        assets[INPUTS_NAME] = _dump(inputs)
+        return replace(self, assets=assets)
 
     def _processor_part(self, name: str) -> dict[str, Any]:
         part = _parse(self.path, self.assets, "processor_config.json").get(name) or {}

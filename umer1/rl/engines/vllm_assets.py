@@ -10,7 +10,7 @@ from umer1.data.images import ImageConfig
 from umer1.errors import UserError
 from umer1.files import write_json
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
-from umer1.models.qwen2_vl.directory import HFDirectory, save_assets
+from umer1.models.qwen2_vl.directory import INPUTS_NAME, HFDirectory, save_assets
 
 _CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention on the CPU
 
@@ -35,7 +35,8 @@ def save_engine_assets(directory: HFDirectory, config: ImageConfig, destination:
     max_tokens: most tokens of a sequence; vLLM plans memory for pictures of at most that size.
     """
     save_assets(directory, destination, dtype=dtype)
-    (destination / "processor_config.json").unlink(missing_ok=True)
+    for name in ("processor_config.json", INPUTS_NAME):
+        (destination / name).unlink(missing_ok=True)
     common: dict[str, Any] = dict(
         do_resize=False,
         do_rescale=True,
