@@ -8,6 +8,7 @@ from inference_cases import INPUTS, cosine, prompts, reference_model, reference_
 from safetensors.torch import load_file, save_file
 from tiny_qwen2_vl import make_tiny_directory
 
+from umer1.checkpoints.fingerprint import model_fingerprint
 from umer1.conversion import main as convert
 from umer1.errors import ConfigError, UserError
 from umer1.inference.encode import main
@@ -50,6 +51,20 @@ def test_gen_mode_writes_embeddings_and_responses(case, tmp_path, capsys):
         assert cosine(row, state) >= 0.99999, line["id"]
     missing = sum(line["missing_gen_emb"] for line in lines)
     assert f"{missing} of them without <gen_emb>" in capsys.readouterr().err
+
+
+def test_vectors_say_what_they_were_made_by(case, tmp_path):
+    encode(case, tmp_path / "out.npz", "--max-pixels", "3136", "--num-frames", "3")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        made = json.loads(str(arrays["made_by"]))
+    assert (made["mode"], made["dtype"], made["generation"]) == ("disc", "float32", None)
+    assert made["model_sha256"] == model_fingerprint(case[0])
+    assert (made["inputs"]["image_max_pixels"], made["inputs"]["num_frames"]) == (3136, 3)
+    assert made["inputs"]["blank_image_for_text"] is False
+    assert {"umer1", "transformers", "Pillow"} <= set(made["versions"])
+    encode(case, tmp_path / "gen.npz", "--mode", "gen")
+    made = json.loads(str(np.load(tmp_path / "gen.npz")["made_by"]))
+    assert made["mode"] == "gen" and made["generation"]["max_new_tokens"] == 6
 
 
 def test_self_consistency_is_the_mean_of_sampled_responses(case, tmp_path):

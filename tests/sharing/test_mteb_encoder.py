@@ -152,6 +152,18 @@ def test_instructions_and_a_split_of_nothing():
         assert model.encode(DataLoader([]), **split).shape == (0, model.mteb_model_meta.embed_dim)
 
 
+def test_results_are_filed_under_every_setting_that_was_chosen():
+    """mteb keeps results by these: two runs under other settings must not be taken for one."""
+    chosen = {"fp32": True, "max_pixels": 3136, "blank_image_for_text": True}
+    with MtebEncoder(str(MINI_BASE), **chosen) as model:
+        assert model.mteb_model_meta.experiment_kwargs == {"mode": "disc", **chosen}
+    prompts = {"query": "Look for"}
+    with MtebEncoder(str(MINI_BASE), mode="gen", generation=SHORT, prompts=prompts, max_input_tokens=99) as model:
+        wanted = {"mode": "gen", "max_input_tokens": 99, "max_new_tokens": 4, "prompts": json.dumps(prompts)}
+        assert model.mteb_model_meta.experiment_kwargs == wanted
+        assert "max_new_tokens" in model.mteb_model_meta.experiment_name
+
+
 def test_what_cannot_be_embedded_ends_the_evaluation():
     task = DrawnSTS()
     task.rows = {"sentence1": ["a", "a " * 50, "b"], "sentence2": ["a", "b", "<|im_end|>"], "score": [0.0, 0.5, 1.0]}

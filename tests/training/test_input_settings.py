@@ -106,3 +106,11 @@ def test_a_broken_file_is_one_message(trained, tmp_path):
     directory.assets["umer1_inputs.json"] = json.dumps(WANTED | {"num_frames": "4", "image_max_pixels": 0})
     with pytest.raises(UserError, match="image_max_pixels=0 must be a whole number of 1 or above; num_frames='4'"):
         of_engine(EngineConfig(model="x"), directory)
+
+
+def test_weights_come_from_one_place(trained):
+    """SFT as GRPO: it trained --load's weights and named --hf-model."""
+    flags, folder = trained
+    ended = run_in_forks(SFT, [*flags[:-8], "--save", str(folder / "next"), "--load", str(folder / "run")])
+    assert ended.returncode and "Traceback" not in ended.stderr
+    assert f"hf_model={folder / 'start'} and load={folder / 'run'} both say where the weights come from" in ended.stderr

@@ -4,20 +4,28 @@
     torchrun --nproc-per-node 8 -m umer1.cli encode ... --tensor-model-parallel-size 2
 
 Input lines are `{"id", "text", "image": path | [paths], "video": file | [frame paths]}`.  FILE.npz gets `ids` (text)
-and `embeddings` (float32 [N, hidden], L2-normalised) in input order; in gen mode FILE.jsonl gets the responses.
+and `embeddings` (float32 [N, hidden], L2-normalised) in input order, and `made_by`, JSON text that says what they came
+from: mode, SHA-256 of the model, input settings, versions.  In gen mode FILE.jsonl gets the responses.
 Nothing is written unless everything went well; inputs that cannot be embedded stop the command before any work, or are
 left out and listed in FILE.bad.jsonl (--skip-bad-inputs).
 """
 
+import importlib.metadata
+import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from umer1 import __version__
+from umer1.checkpoints.fingerprint import model_fingerprint, newest_model
 from umer1.configuration import help_text, load_config
+from umer1.data.input_settings import InputSettings
 from umer1.data.media import MediaRoot
+from umer1.data.processor import Processor
 from umer1.distributed.parallel import init_distributed
 from umer1.errors import UserError
 from umer1.files import atomic_path, make_folder, write_json_lines, writing_to
@@ -25,6 +33,7 @@ from umer1.inference.engine import EngineConfig, load_engine, make_processor, op
 from umer1.inference.generate import GenerationConfig
 from umer1.inference.inputs import bad_inputs_message, read_inputs
 from umer1.inference.planning import plan_batches
+from umer1.inference.replicas import on_first
 from umer1.inference.runner import BadInput, Encoded, Runner, inspect_together
 from umer1.rules import path_problems, same_place
 
@@ -97,6 +106,8 @@ def main(argv: list[str]) -> None:
     directory = open_directory(command.engine)
     processor = make_processor(command.engine, directory)
     with init_distributed(command.engine.parallel()) as state:
+        command.engine.model = on_first(lambda: str(newest_model(command.engine.model)), state)
+        sha256 = on_first(lambda: model_fingerprint(command.engine.model), state)
         costs, missing = inspect_together(inputs, config.mode, media, processor, state)
         bad += missing
         if bad and not config.skip_bad_inputs:
@@ -124,12 +135,37 @@ def main(argv: list[str]) -> None:
             raise UserError(bad_inputs_message(config.input, bad, total))
         if state.rank == 0:
             with writing_to(config.output):
-                write_results(config, encoded, bad, total)
+                write_results(config, encoded, bad, total, made_by(command, sha256, processor))
         state.barrier()
 
 
-def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInput], total: int) -> None:
-    """The output files, each whole or not at all, and a summary on stderr."""
+def made_by(command: EncodeCommand, sha256: str, processor: Processor) -> dict[str, Any]:
+    """What vectors depend on besides the inputs; only such as agree in all of it may be compared."""
+    generates = command.encode.mode == "gen"
+    return {
+        "mode": command.encode.mode,
+        "model_sha256": sha256,
+        "dtype": str(command.engine.dtype).removeprefix("torch."),
+        "inputs": asdict(InputSettings.of(processor)),
+        "max_input_tokens": command.engine.max_input_tokens,
+        "generation": asdict(command.generation) if generates else None,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Of what may have had a hand in the numbers; what is not installed is left out."""
+    found = {"umer1": __version__}
+    for name in ("torch", "transformers", "torchvision", "Pillow"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def write_results(
+    config: EncodeConfig, encoded: list[Encoded], bad: list[BadInput], total: int, made: dict[str, Any]
+) -> None:
+    """The output files, each whole or not at all, and a summary on stderr.  made: `made_by`."""
     if not encoded:
         raise UserError(f"{config.input}: none of the {total} inputs could be embedded; see {bad_path(config.output)}")
     encoded = sorted(encoded, key=lambda item: item.position)
@@ -148,6 +184,7 @@ def write_results(config: EncodeConfig, encoded: list[Encoded], bad: list[BadInp
             file,
             ids=np.array([item.id for item in encoded]),
             embeddings=np.stack([item.embedding for item in encoded]).astype(np.float32),
+            made_by=np.array(json.dumps(made, sort_keys=True)),
         )
     if not bad:
         bad_path(config.output).unlink(missing_ok=True)  # an earlier run's, whose embeddings these replace

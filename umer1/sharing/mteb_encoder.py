@@ -9,8 +9,10 @@
 Texts, pictures and both together, in disc or gen mode.  Needs the mteb package: pip install 'umer1[share]'.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +75,11 @@ class MtebEncoder:
         if found:
             raise ConfigError(found)
         self.prompts, self.mode = dict(prompts or {}), mode
+        experiment = {"mode": mode, **_chosen(config, EngineConfig(model=config.model))}
+        if mode == "gen":
+            experiment |= _chosen(generation, GenerationConfig())
+        if self.prompts:
+            experiment["prompts"] = json.dumps(self.prompts, sort_keys=True, ensure_ascii=False)
         self.max_inputs, self.generation = generation.max_sequences, generation if mode == "gen" else None
         directory = open_directory(config)
         processor = make_processor(config, directory)
@@ -90,7 +97,7 @@ class MtebEncoder:
                 "framework": ["PyTorch", "safetensors"],
                 "modalities": ["text", "image"],
                 "use_instructions": True,
-                "experiment_kwargs": {"mode": mode},
+                "experiment_kwargs": experiment,
             }
         )
 
@@ -181,6 +188,12 @@ class MtebEncoder:
         encoded, bad = runner.run(batches)
         _check(bad, what)
         return [entry.embedding for entry in sorted(encoded, key=lambda entry: entry.position)]
+
+
+def _chosen(settings: Any, defaults: Any) -> dict[str, Any]:
+    """Those of a dataclass that are not as they come."""
+    usual = asdict(defaults)
+    return {name: value for name, value in asdict(settings).items() if value != usual[name]}
 
 
 class _Pictures:

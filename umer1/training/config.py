@@ -53,6 +53,11 @@ class StageConfig:
         """Every broken rule that needs neither the model's files nor the number of processes."""
         parts = [getattr(self, item.name) for item in fields(self) if item.name != "parallel"]
         found = [problem for part in parts for problem in part.violations()]
+        if self.model.hf_model is not None and self.checkpoint.load is not None:
+            found.append(
+                f"hf_model={self.model.hf_model} and load={self.checkpoint.load} both say where the weights come from; "
+                "keep one (`--load none` overrides a configuration file)"
+            )
         return found + self._fp8_violations() + self._offload_violations()
 
     def layout_violations(self, model_config: Qwen2VLConfig, world_size: int) -> list[str]:

@@ -104,11 +104,6 @@ class GRPOConfig(StageConfig):
                 f"max_completion_length={self.rollout.max_completion_length} leaves no room for a prompt in "
                 f"seq_length={self.data.seq_length}"
             )
-        if self.model.hf_model is not None and self.checkpoint.load is not None:
-            found.append(
-                f"hf_model={self.model.hf_model} and load={self.checkpoint.load} both say where the weights come from; "
-                "keep one (`--load none` overrides a configuration file)"
-            )
         responses = 2 * self.data.global_batch_size * self.rollout.num_generations
         if responses > _MOST_RESPONSES:
             found.append(
