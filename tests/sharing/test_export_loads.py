@@ -10,16 +10,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from inference_cases import INPUTS, write_inputs
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from PIL import Image
 
+from umer1.data.media import MediaRoot
 from umer1.data.mini_mmeb import MINI_BASE
 from umer1.data.prompts import SUFFIX, chat_text, user_text, vision_block
 from umer1.inference.encode import main as encode
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.vllm_process import engine_environment
+from umer1.sharing.chat_template import CHAT_TEMPLATE
 from umer1.sharing.share import main
 
 
@@ -183,3 +188,39 @@ def test_vllm_gives_umer1s_responses(shared, tmp_path):
     end = HFDirectory.open(shared).special.im_end
     found = [[token for token in ids if token != end] for ids in json.loads(done.stdout.splitlines()[-1])]
     assert found == own, f"seed {seed}"
+
+
+def test_the_cards_lines_lay_a_picture_as_umer1_does(shared, tmp_path):
+    """EXIF rotation, and transparency on white."""
+    card = (shared / "README.md").read_text()
+    lines = re.findall(r"^    (picture = .*)$", card, re.MULTILINE)
+    pixels = np.random.default_rng(3).integers(0, 256, (30, 50, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    names = {"PIL": PIL, "path": tmp_path / "a.png"}
+    exec("\n".join(lines), names)
+    wanted = MediaRoot(tmp_path).open_image("a.png")
+    assert names["picture"].size == wanted.size == (30, 50)
+    assert np.abs(np.asarray(names["picture"], int) - np.asarray(wanted, int)).max() <= 1
+
+
+def test_an_export_without_a_template_gets_the_methods_chat_form(shared, tmp_path):
+    content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": user_text("which?")}]
+    messages = [{"role": "user", "content": content}]
+    block = vision_block(1) + vision_block(1, video=True)
+    wanted = chat_text(block + user_text("which?"))
+    render = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(CHAT_TEMPLATE).render
+    assert render(messages=messages, add_generation_prompt=True) == wanted
+    source = tmp_path / "source"
+    shutil.copytree(shared, source)
+    for name in ("chat_template.jinja", "chat_template.json"):
+        (source / name).unlink(missing_ok=True)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    main(["--model", str(source), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    (source / "chat_template.jinja").write_text("{{ 'mine' }}")
+    main(["--model", str(source), "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'mine' }}"

@@ -53,6 +53,12 @@ Gen mode reasons first and embeds the result, which takes longer:
 umer1 encode --model {model} --input inputs.jsonl --data-root DIR --mode gen --output embeddings.npz
 ```
 
+Pictures were upright, by their EXIF orientation, and their transparency was laid on white, before anything else. Other
+programs leave that to who calls them; these two lines do it:
+
+    picture = PIL.ImageOps.exif_transpose(PIL.Image.open(path)).convert("RGBA")
+    picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
 For other engines: vision blocks, the task, a line with `<disc_emb>` and the line below make the user's turn. The disc
 embedding is the last layer's state (after the final norm) at `<disc_emb>`, the gen embedding that at the last
 `<gen_emb>` of the response; both are L2-normalised.

@@ -56,7 +56,7 @@ def module_files(hidden_size: int, pictures: ImageConfig) -> dict[str, str]:
         "processor_kwargs": {"use_fast": False},
         "processing_kwargs": {
             "text": {"truncation": False},  # cutting would take <disc_emb> or half a picture away
-            "image": {"min_pixels": pictures.min_pixels, "max_pixels": pictures.max_pixels},
+            "image": {"size": _size(pictures.min_pixels, pictures.max_pixels)},
             "video": _video(pictures),
             "chat_template": {"chat_template": DISC_TEMPLATE},
         },
@@ -87,11 +87,15 @@ def _video(pictures: ImageConfig) -> dict[str, Any]:
     capped = pictures.max_video_tokens is not None
     return {
         "do_sample_frames": False,
-        "min_pixels": pictures.video_min_pixels,
-        "max_pixels": pictures.video_max_pixels,
+        "size": _size(pictures.video_min_pixels, pictures.video_max_pixels),
         "cap_pixels_per_frame": capped,
         **({"max_video_tokens": pictures.max_video_tokens} if capped else {}),
     }
+
+
+def _size(low: int, high: int) -> dict[str, int]:
+    """Bounds in pixels, as transformers calls them."""
+    return {"shortest_edge": low, "longest_edge": high}
 
 
 def _dump(value: Any) -> str:
