@@ -1,9 +1,12 @@
 """What shaped a model's inputs goes with its weights: exports, checkpoints, and every command that reads them."""
 
 import json
+import re
 
 import numpy as np
+import PIL.Image
 import pytest
+import torch
 from programs import SFT, run_in_forks
 from sft_reference import write_pairs
 from tiny_qwen2_vl import make_tiny_directory
@@ -87,6 +90,21 @@ def test_encode_without_flags_sees_what_the_trainer_saw(trained, tmp_path):
     media = MediaRoot(tmp_path)
     one, two = (processor.encode_side(Side(user_text("no picture here")), media) for processor in (trainer, ours))
     np.testing.assert_array_equal(one.input_ids, two.input_ids)
+
+
+def test_a_text_in_sentence_transformers_by_the_cards_words(trained, tmp_path):
+    """It adds no white picture of its own; the card says how to."""
+    pytest.importorskip("torchvision")
+    package = pytest.importorskip("sentence_transformers")
+    _, folder = trained
+    (call,) = re.findall(r"`(model\.encode\(\[\{.*?28.*?\}\]\))`", (folder / "hf" / "README.md").read_text())
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a", "text": "two squares"}) + "\n")
+    flags = ["--model", str(folder / "hf"), "--input", str(tmp_path / "in.jsonl"), "--fp32"]
+    encode([*flags, "--output", str(tmp_path / "out.npz")])
+    settings = {"model_kwargs": {"dtype": torch.float32}, "local_files_only": True}
+    model = package.SentenceTransformer(str(folder / "hf"), device="cpu", **settings)
+    (found,) = eval(call, {"model": model, "PIL": PIL, "text": "two squares"})
+    assert float(found @ np.load(tmp_path / "out.npz")["embeddings"][0]) >= 0.99999
 
 
 def test_a_resume_under_other_settings_is_refused(trained):

@@ -68,6 +68,11 @@ embedding is the last layer's state (after the final norm) at `<disc_emb>`, the 
 ```"""
 
 
+_BLANK = """\
+A text without a picture was given a white one in training, and sentence-transformers adds none: give it, as in
+`model.encode([{"image": PIL.Image.new("RGB", (28, 28), "white"), "text": text}])`. `umer1 encode` does so by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """What a card is about."""
@@ -81,11 +86,16 @@ class Subject:
     results: list[Results] = field(default_factory=list)
 
 
-def model_card(subject: Subject) -> str:
-    """README.md as text: YAML front matter as the hub reads it, then Markdown."""
+def model_card(subject: Subject, blank_image_for_text: bool = False) -> str:
+    """README.md as text: YAML front matter as the hub reads it, then Markdown.
+
+    blank_image_for_text: whether the model was trained to see a white picture where an input has none.
+    """
     front = yaml.safe_dump(metadata(subject), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {subject.name}", _what(subject), "## Use"]
     parts.append(_USE.format(model=subject.name, suffix=SUFFIX))
+    if blank_image_for_text:
+        parts.append(_BLANK)
     if subject.run is not None:
         parts += ["## Training", *_training(subject.run)]
     if subject.results:
