@@ -49,6 +49,7 @@ def test_results_do_not_depend_on_the_number_of_ranks(root, tmp_path, capsys):
     assert without_times(two) == without_times(one)
     assert (tmp_path / "one" / "results.txt").read_text() == shown
     assert list(one["tasks"]) == ["mini-img", "mini-doc", "mini-vid", "mini-look"]
+    assert one["inputs"]["image_max_pixels"] == 65536 and one["inputs"]["num_frames"] == 8
     assert one["tasks"]["mini-doc"]["metric"] == "ndcg@5"
     assert set(one["mean"]["pass@k"]) == {"1", "2"}
     assert set(one["mean"]["splits"]["answer"]) == {"seen", "unseen"}

@@ -121,6 +121,15 @@ def test_compare_before_and_after():
     assert changes(before, after, "gen") is None and "grpo - sft" not in compare({"sft": before, "grpo": after})
 
 
+def test_compare_says_where_inputs_had_another_shape():
+    one, two = result(1), result(1)
+    assert "inputs differ" not in compare({"a": one, "b": two})
+    one["inputs"] = {"image_max_pixels": 1568, "num_frames": 8}
+    assert "inputs differ" not in compare({"a": one, "b": two})  # an older version's, which did not say
+    two["inputs"] = {"image_max_pixels": 65536, "num_frames": 8}
+    assert compare({"a": one, "b": two}).endswith("inputs differ: image_max_pixels 1568 (a) and 65536 (b)")
+
+
 def test_compare_refuses_results_on_other_queries():
     with pytest.raises(UserError, match="b was scored on other queries than a"):
         compare({"a": result(0), "b": result(0, fingerprint="other")})

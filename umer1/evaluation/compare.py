@@ -91,7 +91,20 @@ def _compare_mini(results: dict[str, dict], png: str | Path | None) -> str:
     sampled = _with_samples(results)
     if sampled:
         blocks.insert(2, _pass_table(sampled))
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks + _input_differences(results))
+
+
+def _input_differences(results: dict[str, dict]) -> list[str]:
+    """A line where results come from inputs of other shapes, which moves scores as another model does."""
+    (first_name, first), *others = results.items()
+    found = []
+    for name, result in others:
+        here, there = (part.get("inputs") or {} for part in (result, first))
+        both = sorted(here.keys() & there.keys())
+        found += [
+            f"{key} {there[key]} ({first_name}) and {here[key]} ({name})" for key in both if here[key] != there[key]
+        ]
+    return ["inputs differ: " + "; ".join(found)] if found else []
 
 
 def changes(before: dict, after: dict, mode: str) -> dict[str, dict] | None:

@@ -15,7 +15,7 @@ embeddings and responses, from which `--stored OUTPUT --output OTHER` scores aga
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,7 @@ from umer1 import __version__
 from umer1 import device as devices
 from umer1.checkpoints.fingerprint import model_fingerprint, newest_model
 from umer1.configuration import help_text, load_config
+from umer1.data.input_settings import InputSettings
 from umer1.data.media import MediaRoot
 from umer1.data.mini_mmeb import make_mini_mmeb
 from umer1.distributed.parallel import ParallelState, init_distributed, launched_rank
@@ -194,6 +195,7 @@ def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict |
         "umer1": __version__,
         "device": devices.device_name(),
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "inputs": asdict(InputSettings.of(engine.processor)),
         "data_parallel_size": state.dp_size,
         "seed": config.seed,
         "num_samples": config.num_samples if gen else 0,
