@@ -1,13 +1,12 @@
 """Where two runs of the embedded default part that differ in ranks, threads or the processor's instructions alone.
 
     .venv/bin/python perf/mini_parting.py [--train-iters 40]
-    .venv/bin/python perf/mini_parting.py --train-iters 600 --score --settings "1 process, 2 threads" ...
 
 Trains the first steps of examples/configs/mini_sft.yaml once per setting, holds the losses of every step against those
 of quickstart's setting, and writes perf/results/mini_parting.json: the first step whose loss differs at all, and the
-largest difference there, up to step 10 and up to the end.  --score also evaluates every run on the held-out queries, and
-writes perf/results/mini_spread.json instead.  ATEN_CPU_CAPABILITY makes torch take the loops
-that it would take on a processor without newer instructions; ONEDNN_MAX_CPU_ISA does the same for matrix products.
+largest difference there, up to step 10 and up to the end.  What that does to scores is perf/mini_spread.py's subject.
+ATEN_CPU_CAPABILITY makes torch take the loops that it would take on a processor without newer instructions;
+ONEDNN_MAX_CPU_ISA does the same for matrix products.
 """
 
 import argparse
@@ -52,14 +51,6 @@ def losses(setting: tuple[int, int, dict[str, str]], train_iters: int, save: str
     return [record["loss"] for record in records if "loss" in record]
 
 
-def scores(setting: tuple[int, int, dict[str, str]], save: str) -> dict[str, float]:
-    """Mean over tasks of the main metric of each mode, in per cent."""
-    command = ["-m", "umer1.cli", "eval", "--benchmark", "mini", "--model", f"{save}/hf"]
-    torchrun(setting, *command, "--output", f"{save}/eval")
-    result = json.loads((Path(save) / "eval" / "results.json").read_text())
-    return {mode: 100 * score["value"] for mode, score in result["mean"]["score"].items()}
-
-
 def parting(base: list[float], other: list[float]) -> dict:
     """First step (from 1) whose loss differs, and the largest differences."""
     differences = [abs(first - second) for first, second in zip(base, other, strict=True)]
@@ -75,22 +66,17 @@ def parting(base: list[float], other: list[float]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-iters", type=int, default=40)
-    parser.add_argument("--score", action="store_true", help="evaluate every run, too")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS)[1:], default=list(SETTINGS)[1:])
     options = parser.parse_args()
-    base, *_ = SETTINGS
-    curves, found = {}, {}
+    base, *others = SETTINGS
     with tempfile.TemporaryDirectory() as folder:
-        for index, name in enumerate([base, *options.settings]):
-            save = f"{folder}/{index}"
-            curves[name] = losses(SETTINGS[name], options.train_iters, save)
-            if options.score:
-                found[name] = scores(SETTINGS[name], save)
-                print(name, found[name], flush=True)
-    record = new_record("mini_spread" if options.score else "mini_parting")
-    record["parting"] = {name: parting(curves[base], curves[name]) for name in options.settings}
-    record["losses"], record["scores"] = curves, found
-    write_json(RESULTS / f"{record['suite']}.json", record)
+        curves = {
+            name: losses(setting, options.train_iters, f"{folder}/{index}")
+            for index, (name, setting) in enumerate(SETTINGS.items())
+        }
+    record = new_record("mini_parting")
+    record["parting"] = {name: parting(curves[base], curves[name]) for name in others}
+    record["losses"] = curves
+    write_json(RESULTS / "mini_parting.json", record)
     for name, entry in record["parting"].items():
         print(f"{name:28}", ", ".join(f"{key} {value}" for key, value in entry.items()))
 
