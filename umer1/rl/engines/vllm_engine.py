@@ -20,6 +20,7 @@ from umer1.data.images import ImageConfig
 from umer1.errors import UserError
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.models.qwen2_vl.weight_table import hf_shapes
+from umer1.printable import printable
 from umer1.rl.config import RolloutConfig
 from umer1.rl.engines.vllm_answers import Answers, prompt_message
 from umer1.rl.engines.vllm_assets import check_head_size, dtype_name, save_engine_assets
@@ -150,7 +151,10 @@ class VLLMEngine:
                     self._send("weights", [memoryview(staging.memory)[:used]], pieces=pieces)
                 self._await("taken", self.config.weight_sync_timeout_seconds)
             self._send("end_weights")
-            return self._await("loaded", self.config.weight_sync_timeout_seconds).fields["checksums"]
+            sums = self._await("loaded", self.config.weight_sync_timeout_seconds).fields.get("checksums")
+            if not isinstance(sums, dict) or not all(type(value) in (int, float) for value in sums.values()):
+                raise WireError("an end of the weights without their checksums")
+            return sums
 
     def _checked(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """A partial update would leave fused layers wrong without a word, so names and shapes are compared."""
@@ -304,4 +308,4 @@ class VLLMEngine:
 
     def _refused(self, message: Message) -> None:
         if message.op == "refused":
-            raise WireError(f"it refused: {message.fields.get('reason')}")
+            raise WireError(f"it refused: {printable(message.fields.get('reason'), 2000)}")

@@ -11,18 +11,18 @@ import traceback
 from pathlib import Path
 
 from umer1.rl.engines.vllm_process import end_with_parent
-from umer1.rl.engines.vllm_session import SEND_SECONDS, Session, build, next_message
+from umer1.rl.engines.vllm_session import SEND_SECONDS, Session, build, first_message
 from umer1.rl.engines.vllm_wire import Channel, ConnectionLost, WireError
 
 
 def serve_child(connection: socket.socket) -> None:
     """Serve the one trainer at the other end until it goes: "configure" comes first."""
     channel = Channel(connection)
-    message = next_message(channel)
+    message = first_message(channel)
     if message.op != "configure":
         raise WireError(f"{message.op[:40]!r} where the configuration was due")
     core, description = build(message.fields)
-    session = Session(core)
+    session = Session(core, shares_memory=True)
     channel.send("started", timeout=SEND_SECONDS, **description)
     while True:
         message = channel.poll(3600.0)

@@ -4,18 +4,19 @@ vLLM is imported by `build`, after the connection stands, so that the other side
 """
 
 import itertools
+import sys
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from umer1.rl.engines.vllm_wire import Channel, Message, WireError
+from umer1.rl.engines.vllm_wire import Channel, ConnectionLost, Message, WireError
 
 SEND_SECONDS = 60.0
-_MESSAGE_SECONDS = 900.0  # for the next message of a command under way: a trainer may wait for its other ranks
+_CONFIGURE_SECONDS = 900.0  # for a child's first message
 _CANCEL_CHECK_SECONDS = 0.1
 
 
@@ -23,37 +24,93 @@ class RequestError(Exception):
     """A message that asks for what cannot be; the sender is told, and the engine goes on."""
 
 
-class Session:
-    """The commands of one connection, carried out on one core."""
+class EngineFailure(Exception):
+    """The engine itself broke while it generated: nobody can be served any more."""
 
-    def __init__(self, core: Any):
-        self.core = core
+
+@dataclass(slots=True)
+class Holder:
+    """Whose weights a core has.  The sessions of one core share it."""
+
+    owner: "Session | None" = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A generation whose prompts are still coming in."""
+
+    count: int
+    sampling: dict[str, Any]
+    prompts: list[Message]
+
+
+class Session:
+    """The commands of one connection, carried out on one core, message by message: between two, others are served.
+
+    A core holds the weights of one session at a time, the first that loads some; it is free again when that one leaves.
+
+    name: of the other side, for those who are turned away.
+    shares_memory: whether the other side may name memory and files of this machine to take weights from.
+    """
+
+    def __init__(self, core: Any, *, holder: Holder | None = None, name: str = "", shares_memory: bool = False):
+        self.core, self.name, self.shares_memory = core, name, shares_memory
+        self.holder = Holder() if holder is None else holder
+        self.channel: Channel | None = None  # that the last message came by
         self.loaded = False  # whole weights are there, from this connection
+        self._asked: _Asked | None = None
+        self._update: dict[str, Any] | None = None  # of weights: how the bytes come
 
     def answer(self, channel: Channel, message: Message) -> None:
-        """Carry out one command.  Raises ConnectionLost when the asker goes meanwhile."""
+        """Carry out one message.  Raises ConnectionLost, WireError or TimeoutError when the asker is to be left, and
+        EngineFailure."""
         commands = {
             "generate": self._generate,
-            "begin_weights": self._weights,
+            "prompt": self._prompt,
+            "cancel": self._cancel,
+            "begin_weights": self._begin_weights,
+            "weights": self._put_weights,
+            "end_weights": self._end_weights,
             "sleep": self._sleep,
             "wake": self._wake,
         }
-        if message.op == "cancel":  # of a generation that was finished while the word was under way
-            return
+        self.channel = channel
         try:
             if message.op not in commands:
                 raise RequestError(f"unknown command {message.op[:40]!r}")
             commands[message.op](channel, message)
-        except (RequestError, KeyError, TypeError, ValueError) as error:
+        except (ConnectionLost, WireError, TimeoutError, EngineFailure):
+            raise
+        except Exception as error:  # whatever a message makes umer1, torch or vLLM raise is its sender's affair
             traceback.print_exc()
+            self._asked = None
+            self._abandon()
             channel.send("refused", timeout=SEND_SECONDS, reason=f"{type(error).__name__}: {error}"[:2000])
 
+    def close(self) -> None:
+        """The other side has gone: what it began is dropped, and others may load their weights."""
+        self._abandon()
+        if self.holder.owner is self:
+            self.holder.owner = None
+
+    def _claim(self) -> None:
+        owner = self.holder.owner
+        if owner is not None and owner is not self and owner.channel.is_left():
+            owner.close()
+        elif owner is not None and owner is not self:
+            raise RequestError(
+                f"the server is in use by another trainer ({owner.name}); end that run, or start a server for this one"
+            )
+        self.holder.owner = self
+
     def _sleep(self, channel: Channel, message: Message) -> None:
+        self._claim()
         self.core.sleep()
         self.loaded = self.loaded and not self.core.sleeps
         channel.send("done", timeout=SEND_SECONDS)
 
     def _wake(self, channel: Channel, message: Message) -> None:
+        self._claim()
         self.core.wake("weights")
         channel.send("done", timeout=SEND_SECONDS)
 
@@ -63,39 +120,61 @@ class Session:
         """`count` "prompt" messages follow; answers "length" or "failed" for each, "completions", then "finished"."""
         if not self.loaded:
             raise RequestError("no weights have been loaded")
-        sampling = checked_sampling(message.fields["sampling"])
-        cancelled = False
+        if self._asked is not None:
+            raise RequestError("the prompts of the generation before have not all come")
+        self._asked = _Asked(int(message.fields["count"]), checked_sampling(message.fields["sampling"]), [])
+        self._run_when_complete(channel)
+
+    def _prompt(self, channel: Channel, message: Message) -> None:
+        if self._asked is None:
+            raise RequestError("a prompt of no generation")
+        self._asked.prompts.append(message)
+        self._run_when_complete(channel)
+
+    def _cancel(self, channel: Channel, message: Message) -> None:
+        """Without a generation: it was finished while the word was under way."""
+        if self._asked is not None:
+            self._asked = None
+            channel.send("finished", timeout=SEND_SECONDS, cancelled=True)
+
+    def _run_when_complete(self, channel: Channel) -> None:
+        asked = self._asked
+        if len(asked.prompts) < asked.count:
+            return
+        self._asked = None
+        looked, cancelled = time.monotonic(), False
+
+        def keep_on() -> bool:
+            nonlocal looked, cancelled
+            if not cancelled and time.monotonic() - looked > _CANCEL_CHECK_SECONDS:
+                looked = time.monotonic()
+                note = channel.poll(0)
+                cancelled = note is not None and note.op == "cancel"
+            return not cancelled
+
         try:
-            for index in range(int(message.fields["count"])):
-                cancelled = not self._take_prompt(channel, index, sampling)
-                if cancelled:
+            for index, prompt in enumerate(asked.prompts):
+                if not keep_on():
                     break
-            asked = time.monotonic()
-
-            def keep_on() -> bool:
-                nonlocal asked, cancelled
-                if not cancelled and time.monotonic() - asked > _CANCEL_CHECK_SECONDS:
-                    asked = time.monotonic()
-                    note = channel.poll(0)
-                    cancelled = note is not None and note.op == "cancel"
-                return not cancelled
-
-            if not cancelled:
-                for samples in self.core.run(keep_on):
-                    bodies = [part for sample in samples for part in (sample.token_ids, sample.logprobs)]
-                    heads = [(sample.request, sample.number, sample.finish_reason) for sample in samples]
-                    channel.send("completions", bodies, timeout=SEND_SECONDS, samples=heads)
+                self._add(channel, index, prompt, asked.sampling)
+            for samples in self._samples(keep_on):
+                bodies = [part for sample in samples for part in (sample.token_ids, sample.logprobs)]
+                heads = [(sample.request, sample.number, sample.finish_reason) for sample in samples]
+                channel.send("completions", bodies, timeout=SEND_SECONDS, samples=heads)
         finally:
             self.core.drop()
         channel.send("finished", timeout=SEND_SECONDS, cancelled=cancelled)
 
-    def _take_prompt(self, channel: Channel, index: int, sampling: dict[str, Any]) -> bool:
-        """Receive and queue one prompt; False when the asker cancelled instead."""
-        message = next_message(channel)
-        if message.op == "cancel":
-            return False
-        if message.op != "prompt":
-            raise WireError(f"{message.op[:40]!r} where a prompt was due")
+    def _samples(self, keep_on: Callable[[], bool]) -> Iterator[Any]:
+        try:
+            yield from self.core.run(keep_on)
+        except (ConnectionLost, WireError, TimeoutError):
+            raise  # `keep_on` looks at the connection
+        except Exception as error:
+            raise EngineFailure(f"{type(error).__name__}: {error}") from error
+
+    def _add(self, channel: Channel, index: int, message: Message, sampling: dict[str, Any]) -> None:
+        """Queue one prompt."""
         from umer1.rl.engines.vllm_core import BadPrompt
 
         images, videos = _media(message)
@@ -106,36 +185,45 @@ class Session:
         except BadPrompt as error:
             traceback.print_exc()
             channel.send("failed", timeout=SEND_SECONDS, request=index, reason=str(error)[:500])
-        return True
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
-    def _weights(self, channel: Channel, message: Message) -> None:
+    def _begin_weights(self, channel: Channel, message: Message) -> None:
         """ "weights" messages follow, each acknowledged when its bytes are taken; "end_weights" ends them."""
+        self._claim()
+        self._abandon()
         self.loaded = False
         staging = message.fields.get("staging")
+        if staging and not self.shares_memory:
+            raise RequestError("a server takes the bytes of weights from the connection alone")
+        self._update = {"staging": staging}
         self.core.call("umer1_begin_weights", staging)
-        complete = False
-        try:
-            channel.send("ready", timeout=SEND_SECONDS)
-            for part in self._parts(channel):
-                self.core.call("umer1_put_weights", part.fields["pieces"], None if staging else part.bodies[0])
-                channel.send("taken", timeout=SEND_SECONDS)
-            sums = self.core.call("umer1_end_weights")
-            self.core.wake("kv_cache")
-            self.core.forget()
-            complete = True
-        finally:
-            if not complete:
-                self.core.call("umer1_abandon_weights")
-        self.loaded = True
+        channel.send("ready", timeout=SEND_SECONDS)
+
+    def _put_weights(self, channel: Channel, message: Message) -> None:
+        if self._update is None:
+            raise RequestError("weights of no update")
+        body = None if self._update["staging"] else message.bodies[0]
+        self.core.call("umer1_put_weights", message.fields["pieces"], body)
+        channel.send("taken", timeout=SEND_SECONDS)
+
+    def _end_weights(self, channel: Channel, message: Message) -> None:
+        if self._update is None:
+            raise RequestError("the end of no update")
+        sums = self.core.call("umer1_end_weights")
+        self.core.wake("kv_cache")
+        self.core.forget()
+        self._update, self.loaded = None, True
         channel.send("loaded", timeout=SEND_SECONDS, checksums=sums)
 
-    def _parts(self, channel: Channel) -> Iterator[Message]:
-        while (message := next_message(channel)).op == "weights":
-            yield message
-        if message.op != "end_weights":
-            raise RequestError(f"the update was broken off by {message.op[:40]!r}")
+    def _abandon(self) -> None:
+        """Leave an update that is under way."""
+        if self._update is not None:
+            self._update = None
+            try:
+                self.core.call("umer1_abandon_weights")
+            except Exception as error:  # the model is of no use now, until the next update has filled it
+                print(f"an update that broke off could not be undone: {error}", file=sys.stderr, flush=True)
 
 
 def checked_sampling(sampling: dict[str, Any]) -> dict[str, Any]:
@@ -163,11 +251,11 @@ def _media(message: Message) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return found[0], found[1]
 
 
-def next_message(channel: Channel) -> Message:
+def first_message(channel: Channel) -> Message:
     """Raises TimeoutError when none comes for a quarter of an hour."""
-    message = channel.poll(_MESSAGE_SECONDS)
+    message = channel.poll(_CONFIGURE_SECONDS)
     if message is None:
-        raise TimeoutError(f"the other side has said nothing for {_MESSAGE_SECONDS:g} s")
+        raise TimeoutError(f"the other side has said nothing for {_CONFIGURE_SECONDS:g} s")
     return message
 
 

@@ -56,6 +56,15 @@ class Channel:
     def close(self) -> None:
         self.connection.close()
 
+    def is_left(self) -> bool:
+        """Whether the other side has closed the connection, and nothing that it sent before is left."""
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def send(self, op: str, bodies: Sequence[bytes | memoryview] = (), *, timeout: float, **fields: Any) -> None:
         """Raises ConnectionLost when the other side is gone, TimeoutError when it does not take the message."""
         views = [memoryview(body).cast("B") for body in bodies]
@@ -124,7 +133,7 @@ class Channel:
         raw = bytes(self._received[_PREFIX.size : _PREFIX.size + length])
         del self._received[: _PREFIX.size + length]
         try:
-            header = json.loads(raw)
+            header = json.loads(raw, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise WireError(f"a header that is no JSON: {error}") from None
         sizes = header.get("sizes") if isinstance(header, dict) else None
@@ -134,3 +143,7 @@ class Channel:
             raise WireError(f"a message with sizes {str(sizes)[:80]}; at most {self.max_body_bytes} bytes are taken")
         self._header = header
         return True
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
