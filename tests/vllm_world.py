@@ -15,6 +15,7 @@ from umer1.models.qwen2_vl.weight_table import hf_shapes, hub_name
 from umer1.rl.config import RolloutConfig
 from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.types import Request, Sampling
+from umer1.training.policy_batches import teacher_forced
 
 LENGTH = 24
 
@@ -77,6 +78,9 @@ class VLLMWorld:
         kinds = (ids == self.model.config.image_token_id).int() + 2 * (ids == self.model.config.video_token_id).int()
         extra = vision_arguments(prompt, self.model.config.video_token_id)
         extra |= {"mm_token_type_ids": kinds} if extra else {}
+        # transformers 5 places text after a long video elsewhere than vLLM and the releases that trained the weights
+        _, positions = teacher_forced(prompt, response)
+        extra |= {"position_ids": positions[:, None]}
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
         return logits[len(prompt) - 1 : -1].double()
 

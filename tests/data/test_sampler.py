@@ -1,6 +1,7 @@
 """The order of the data: blocks of one data set, every pair once an epoch, a function of (seed, step) alone."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -82,6 +83,25 @@ def test_replacements_are_of_the_same_set_and_not_of_the_batch():
             assert sampler.name_ids[other] == sampler.name_ids[index] and other not in batch
     tiny = make((8,), size=8)
     assert tiny.replacement(0, 0, 1, 3) in range(8)
+
+
+def test_replacements_never_double_a_pair():
+    """200 seeds, 16 bad samples of 64, of one data set and of several; every second replacement is bad as well."""
+    for seed in range(200):
+        sampler = make((1000,) if seed % 2 else (400, 350, 250), seed=seed)
+        batch = sampler.batch(1).tolist()
+        bad = random.Random(seed).sample(range(64), 16)
+        for slot in bad:
+            batch[slot] = sampler.replacement(1, slot, 1 + slot % 2, batch[slot])
+        assert len(set(batch)) == 64, f"seed {seed}"
+
+
+def test_a_slot_tries_every_pair_of_its_set_once():
+    sampler = make((40,), size=32, block=8)
+    batch = sampler.batch(0)
+    for slot in (0, 9, 31):
+        tried = [sampler.replacement(0, slot, attempt, int(batch[slot])) for attempt in range(1, 9)]
+        assert sorted(tried) == sorted(set(range(40)) - set(batch.tolist()))
 
 
 def test_too_few_pairs_is_an_error():

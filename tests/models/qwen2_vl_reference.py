@@ -78,7 +78,7 @@ def sequences(config: Qwen2VLConfig, seed: int = 1) -> list[dict]:
         (text(9), []),
         (text(3) + span((1, 4, 6), IMAGE) + text(4), [(1, 4, 6)]),
         (span((1, 2, 2), IMAGE) + text(2) + span((1, 4, 2), IMAGE) + text(3), [(1, 2, 2), (1, 4, 2)]),
-        (text(1) + span((3, 4, 4), VIDEO) + text(6), [(3, 4, 4)]),
+        (text(1) + span((2, 4, 6), VIDEO) + text(6), [(2, 4, 6)]),
         (text(14), []),
     ]
     made = []
@@ -86,7 +86,7 @@ def sequences(config: Qwen2VLConfig, seed: int = 1) -> list[dict]:
         ids, grid = torch.tensor(ids), torch.tensor(grids, dtype=torch.long).reshape(-1, 3)
         patches = int(grid.prod(-1).sum()) if grids else 0
         pixels = torch.randn(patches, config.vision.patch_dim, generator=generator)
-        positions, _ = mrope_positions(ids, grid, config)
+        positions = mrope_positions(ids, grid, config)
         made.append(dict(input_ids=ids, position_ids=positions, pixel_values=pixels, grid_thw=grid))
     return made
 

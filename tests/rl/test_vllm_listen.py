@@ -69,7 +69,7 @@ class StandInCore:
 @pytest.fixture
 def server(monkeypatch):
     """(address, core) of a server in a thread of this process."""
-    pytest.importorskip("vllm")  # vllm_core, for its types
+    pytest.importorskip("umer1.rl.engines.vllm_core", reason="for its types")  # takes seconds the first time
     core = StandInCore()
     monkeypatch.setenv(TOKEN_VARIABLE, SECRET)
     description = dict(vllm="stand-in", dtype="float32", max_model_len=64)

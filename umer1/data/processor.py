@@ -19,7 +19,7 @@ from umer1.data.media import MediaRoot
 from umer1.data.schema import Prompt, Sequence, Side
 from umer1.data.vision import Vision, VisionLoader, too_long
 from umer1.errors import UserError
-from umer1.models.qwen2_vl.positions import mrope_positions
+from umer1.models.qwen2_vl.positions import mrope_positions, next_position
 
 IGNORE = -100  # label of a position that is not supervised
 MAX_FRAMES = 768  # of one video; transformers' own limit for Qwen2-VL
@@ -160,8 +160,7 @@ class Processor:
         length = prompt.prompt_length + len(ids)
         if self.max_length is not None and length > self.max_length:
             raise too_long(length, self.max_length)
-        # the prompt ends in text, whose axes agree; a long video's frame positions may be larger than this
-        start = int(prompt.position_ids[0, -1]) + 1
+        start = next_position(prompt.position_ids)
         added = torch.arange(start, start + len(ids)).expand(3, -1)
         tokens = torch.cat([prompt.input_ids, torch.tensor(ids, dtype=torch.int64)])
         return replace(
@@ -289,7 +288,8 @@ class Processor:
             pixels = visions[0].pixels if len(visions) == 1 else torch.cat([vision.pixels for vision in visions])
         positions = self._prompt_positions(input_ids[: len(prompt)], grid_thw, visions)
         if closed:
-            following = np.arange(positions[0, -1] + 1, positions[0, -1] + 1 + len(closed))
+            start = next_position(positions)
+            following = np.arange(start, start + len(closed))
             positions = np.concatenate([positions, np.broadcast_to(following, (3, len(closed)))], axis=1)
         return Sequence(
             input_ids=torch.from_numpy(input_ids),
@@ -309,7 +309,7 @@ class Processor:
         key = (len(prompt), *starts, *(vision.grid for vision in visions))
         known = self._layouts.get(key)
         if known is None:
-            known = mrope_positions(torch.from_numpy(prompt), grid_thw, self.model_config)[0].numpy()
+            known = mrope_positions(torch.from_numpy(prompt), grid_thw, self.model_config).numpy()
             if len(self._layouts) >= _KEPT_LAYOUTS:
                 self._layouts.clear()
             if len(prompt) <= _KEPT_LAYOUT_TOKENS:

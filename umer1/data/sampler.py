@@ -79,15 +79,25 @@ class BlockSampler:
     def replacement(self, step: int, slot: int, attempt: int, index: int) -> int:
         """A pair of `index`'s data set to try in its place; the same at any layout and after a resume.
 
-        Pairs that stand in this batch anyway are passed over while there are others.  Once all of the data set were
-        tried, those of the other data sets are: a line that cannot be read is a data set of its own.
+        Slots do not know of each other, so each has places of its own in one permutation of the pairs that do not
+        stand in this batch: two bad slots never take the same pair while the data set has pairs enough.  A slot that
+        has tried its own goes through the other slots', then through the other data sets' (a line that cannot be read
+        is a data set of its own).
         """
-        members, batch = self._members[int(self.name_ids[index])], self.batch(step)
-        pool, place = np.setdiff1d(members, batch, assume_unique=True), attempt - 1
-        if place >= len(pool):
-            rest = np.setdiff1d(np.arange(len(self.name_ids)), np.concatenate([members, batch]))
-            pool, place = (rest, place - len(pool)) if len(rest) else (pool if len(pool) else members, place)
-        order = shuffled(len(pool), self.seed, "replacement", step, slot)
+        name, batch = int(self.name_ids[index]), self.batch(step)
+        members = self._members[name]
+        pool = np.setdiff1d(members, batch, assume_unique=True)
+        slots = np.flatnonzero(self.name_ids[batch] == name)
+        number = int(np.searchsorted(slots, slot))
+        place = attempt - 1
+        if place < len(pool):
+            pool = pool[shuffled(len(pool), self.seed, "replacement", step, name)]
+            own = np.arange(len(pool)) % len(slots) == number
+            around = np.roll(np.arange(len(pool)), -number)
+            return int(pool[np.concatenate([np.flatnonzero(own), around[~own[around]]])[place]])
+        rest = np.setdiff1d(np.arange(len(self.name_ids)), np.concatenate([members, batch]))
+        pool, place = (rest, place - len(pool)) if len(rest) else (pool if len(pool) else members, place)
+        order = shuffled(len(pool), self.seed, "replacement of another set", step, slot)
         return int(pool[order[place % len(pool)]])
 
     def notes(self) -> list[str]:

@@ -15,6 +15,7 @@ from umer1.data.schema import Sequence
 from umer1.inference.engine import Engine
 from umer1.inference.sampling import sample_key, uniform
 from umer1.models.embedding import read_embedding
+from umer1.models.qwen2_vl.positions import next_position
 from umer1.rules import bound_problems
 
 # Rows of finished sequences are dropped from the cache once they make up this share of it: each drop copies the cache.
@@ -147,7 +148,7 @@ class Loop:
         self.temperatures = np.tile(np.array(temperatures, dtype=np.float32), len(prompts))
         keys = [sample_key(config.generation_seed, name, i) for name in ids for i in range(self.samples)]
         self.keys = np.array(keys, dtype=np.uint64)
-        starts = [int(prompt.position_ids.max()) + 1 for prompt in prompts]
+        starts = [next_position(prompt.position_ids) for prompt in prompts]
         self.positions = np.repeat(np.array(starts, dtype=np.int64), self.samples)  # of the next token to feed
         self.tokens = np.zeros((rows, config.max_new_tokens + 1), dtype=np.int64)
         self.counts = np.zeros(rows, dtype=np.int64)

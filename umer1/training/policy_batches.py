@@ -12,6 +12,7 @@ import torch
 from umer1.data.packing import plan_micro_batches
 from umer1.data.schema import Movable, Prompt, PromptPair, Sequence
 from umer1.models.embedding import last_index
+from umer1.models.qwen2_vl.positions import next_position
 from umer1.rl.types import Completion
 
 _PADDING_TOKEN = 0  # any row of the table: nothing attends to the padding segment
@@ -100,8 +101,7 @@ class PolicyBatch(Movable):
 
 def teacher_forced(prompt: Sequence, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids [L], position_ids [3, L]) of a prompt and its response."""
-    # The prompt ends in text, whose three axes agree.
-    first = int(prompt.position_ids[0, -1]) + 1
+    first = next_position(prompt.position_ids)
     added = torch.arange(first, first + len(token_ids)).expand(3, -1)
     ids = torch.cat([prompt.input_ids, torch.tensor(token_ids, dtype=torch.int64)])
     return ids, torch.cat([prompt.position_ids, added], dim=1)

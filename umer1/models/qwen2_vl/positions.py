@@ -1,16 +1,26 @@
-"""M-RoPE positions: text advances all three axes, a vision span counts frames, rows and columns of merged patches."""
+"""M-RoPE positions: text advances all three axes, a vision span counts frames, rows and columns of merged patches.
 
+Text after a span goes on one past the largest position of the span, time included: the rule that the published weights
+were trained with (transformers up to 4.57, VLM2Vec's Qwen2-VL), and vLLM's.  transformers 5 goes on behind the larger
+merged side alone, which differs for a video of more time steps than merged rows and columns.
+"""
+
+import numpy as np
 import torch
 
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 
 
-def mrope_positions(input_ids: torch.Tensor, grid_thw: torch.Tensor, config: Qwen2VLConfig) -> tuple[torch.Tensor, int]:
-    """(position_ids int64 [3, L], the position of the token that would come next) of one sequence.
+def next_position(position_ids: torch.Tensor | np.ndarray) -> int:
+    """The position, on all three axes, of the token that comes after `position_ids` int64 [3, L]; 0 where L is 0."""
+    return int(position_ids.max()) + 1 if position_ids.shape[1] else 0
+
+
+def mrope_positions(input_ids: torch.Tensor, grid_thw: torch.Tensor, config: Qwen2VLConfig) -> torch.Tensor:
+    """position_ids int64 [3, L] of one sequence.
 
     `input_ids` int64 [L]; `grid_thw` int64 [V, 3] in patches, one row per vision span in order of appearance.  A span
-    is a run of `image_token_id` or of `video_token_id`, t * h * w / merge^2 tokens long.  Text after a span goes on
-    from the span's start plus the larger of its merged height and width (transformers' get_rope_index).
+    is a run of `image_token_id` or of `video_token_id`, t * h * w / merge^2 tokens long.
     Raises ValueError when the spans and the grids do not match.
     """
     merge = config.vision.spatial_merge_size
@@ -30,11 +40,9 @@ def mrope_positions(input_ids: torch.Tensor, grid_thw: torch.Tensor, config: Qwe
         rows = torch.arange(h // merge).repeat_interleave(w // merge).repeat(t)
         columns = torch.arange(w // merge).repeat(t * (h // merge))
         parts.append(torch.stack([frames, rows, columns]) + position)
-        position += max(h, w) // merge
+        position += max(t, h // merge, w // merge)
         row, used = start + count, used + count
     if used != len(vision_rows):
         raise ValueError(f"{len(vision_rows)} vision tokens, but the grids account for {used}")
     parts.append(torch.arange(position, position + length - row).expand(3, -1))
-    positions = torch.cat(parts, dim=1)
-    # A long video's frame positions may pass the text that follows; what comes next is one past the largest.
-    return positions, int(positions.max()) + 1 if length else 0
+    return torch.cat(parts, dim=1)

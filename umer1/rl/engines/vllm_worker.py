@@ -1,4 +1,4 @@
-"""What umer1 adds to each vLLM worker: its own M-RoPE positions, and weights that arrive in pieces.
+"""What umer1 adds to each vLLM worker: weights that arrive in pieces.
 
 vLLM imports this module in every worker before the model is built, on any number of GPUs.
 """
@@ -7,34 +7,10 @@ from typing import Any
 
 import torch
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
 from umer1 import device
-from umer1.models.qwen2_vl.config import Qwen2VLConfig
-from umer1.models.qwen2_vl.positions import mrope_positions
 from umer1.rl.checksum import checksum
 from umer1.rl.engines.vllm_staging import Assembler, StagingView
-
-
-def _positions(model: Any, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
-    """Stands in for the model's get_mrope_input_positions: positions int64 [3, L], and next position less L.
-
-    vLLM lets text after a video go on behind its largest frame position, transformers (and the trainer) behind its
-    larger side: they differ for a video of more time steps than its merged rows and columns.
-    """
-    grids = [
-        feature.data[f"{feature.modality}_grid_thw"].data.reshape(3)
-        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-    ]
-    grid_thw = torch.stack(grids).to("cpu", torch.int64) if grids else torch.empty(0, 3, dtype=torch.int64)
-    config = Qwen2VLConfig.from_hf(model.config.to_dict())
-    ids = torch.tensor(input_tokens, dtype=torch.int64)
-    positions, _ = mrope_positions(ids, grid_thw, config)
-    # prompts end in text, whose axes agree; the response goes on from there
-    return positions, int(positions[0, -1]) + 1 - len(input_tokens)
-
-
-Qwen2VLForConditionalGeneration.get_mrope_input_positions = _positions
 
 
 class WorkerExtension:
