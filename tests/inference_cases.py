@@ -13,6 +13,7 @@ from umer1.data.media import MediaRoot
 from umer1.data.processor import Processor
 from umer1.data.schema import Sequence
 from umer1.models.qwen2_vl.directory import HFDirectory
+from umer1.training.policy_batches import teacher_forced
 
 INPUTS = [
     {"id": "text", "text": "one red square and one blue circle"},
@@ -76,15 +77,26 @@ def vision_arguments(prompt: Sequence, video_token: int) -> dict[str, torch.Tens
     return {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.grid_thw}
 
 
+def reference_inputs(model: torch.nn.Module, prompt: Sequence, response: list[int]) -> dict[str, torch.Tensor]:
+    """transformers' arguments for prompt and response.
+
+    The positions are ours: transformers 5 places text after a long video elsewhere than the releases that the weights
+    were trained with (tests/models/test_mrope_positions.py holds ours against that rule).
+    """
+    ids, positions = teacher_forced(prompt, response)
+    extra = vision_arguments(prompt, model.config.video_token_id)
+    if extra:
+        kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
+        extra["mm_token_type_ids"] = kinds[None]
+    return dict(
+        input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], position_ids=positions[:, None], **extra
+    )
+
+
 @torch.no_grad()
 def reference_states(model: torch.nn.Module, prompt: Sequence, response: list[int] = ()) -> torch.Tensor:
     """transformers' last_hidden_state [L, H] of prompt and response."""
-    ids = torch.cat([prompt.input_ids, torch.tensor(response, dtype=torch.long)])[None]
-    kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
-    extra = vision_arguments(prompt, model.config.video_token_id)
-    if extra:
-        extra["mm_token_type_ids"] = kinds
-    return model.model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).last_hidden_state[0]
+    return model.model(**reference_inputs(model, prompt, list(response))).last_hidden_state[0]
 
 
 def cosine(a: np.ndarray, b: torch.Tensor) -> float:

@@ -5,10 +5,10 @@ import torch
 from inference_cases import (
     cosine,
     prompts,
+    reference_inputs,
     reference_model,
     reference_states,
     tokenizer,
-    vision_arguments,
     write_inputs,
 )
 from safetensors.torch import load_file, save_file
@@ -50,17 +50,12 @@ def token_ids(results):
 
 
 def reference_greedy(model, prompt, count):
-    """transformers.generate's greedy tokens, rows beyond the tokenizer left out as our engine does."""
-    ids = prompt.input_ids[None]
-    extra = vision_arguments(prompt, model.config.video_token_id)
-    if extra:
-        extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int() + 2 * (
-            ids == model.config.video_token_id
-        ).int()
-    made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **extra
-    )
-    return made[0, ids.shape[1] :].tolist()
+    """transformers' greedy tokens by whole forward passes; its model ends at its own end token."""
+    made: list[int] = []
+    with torch.no_grad():
+        while len(made) < count and model.generation_config.eos_token_id not in made[-1:]:
+            made.append(int(model(**reference_inputs(model, prompt, made), use_cache=False).logits[0, -1].argmax()))
+    return made
 
 
 def last_position(directory, prompt, response):

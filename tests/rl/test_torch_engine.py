@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from inference_cases import prompts, reference_model, tokenizer, vision_arguments, write_inputs
+from inference_cases import prompts, reference_inputs, reference_model, tokenizer, write_inputs
 from tiny_qwen2_vl import make_tiny_directory
 
 from umer1.data.schema import Prompt
@@ -68,13 +68,10 @@ def rollouts(path, wanted, drawn, layout=None, *, per_replica=False, config=None
 
 def forward_logprobs(model, prompt, response, temperature):
     """transformers' teacher-forced log-probs of `response`, and the likeliest token at each place, [L] both."""
-    ids = torch.cat([prompt.input_ids, torch.tensor(response)])[None]
-    kinds = (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int()
-    extra = vision_arguments(prompt, model.config.video_token_id)
-    if extra:
-        extra["mm_token_type_ids"] = kinds
+    inputs = reference_inputs(model, prompt, response)
+    ids = inputs["input_ids"]
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0]
+        logits = model(**inputs).logits[0]
     chosen = logits[len(prompt) - 1 : -1].div(temperature).log_softmax(-1)
     return chosen.gather(1, ids[0, len(prompt) :, None]).squeeze(1), chosen.argmax(1)
 
