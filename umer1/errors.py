@@ -4,7 +4,10 @@ import os
 import select
 import sys
 import time
+import warnings
 from contextlib import contextmanager
+
+from umer1.printable import printable
 
 NO_READER = 141  # what a shell says of a program that SIGPIPE ended
 
@@ -28,13 +31,16 @@ def exit_on_user_error(program: str):
     """Turn a UserError into one message from one rank and exit status 2; other errors keep their traceback.
 
     A program whose output nobody reads any more (`... | head`) ends without a word, as other programs do.
+    Control characters in a message, which quotes data, are escaped.
     """
+    # megatron-core calls collectives by names that torch will change; a program may say what it shows, a library not
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
     with _end_with_the_reader():
         try:
             yield
         except UserError as error:
             if int(os.environ.get("RANK", "0")) == 0:
-                print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+                print(f"{program}: error: {printable(error)}", file=sys.stderr, flush=True)
             else:
                 time.sleep(1.0)  # torchrun ends all ranks when the first one leaves: the message comes first
             sys.exit(2)

@@ -10,6 +10,8 @@ weight keeps the values that it was initialised with until the optimizer has tak
 
 from types import SimpleNamespace
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from fp8_stand_in import StandInTransformerEngine

@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,7 +32,7 @@ def installed(tmp_path, monkeypatch):
         (package / "pytorch.py").write_text(for_torch)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(sys, "te_runs", [], raising=False)
-        monkeypatch.setattr(optional_te._guard, "fault", None)
+        monkeypatch.setattr(optional_te, "_fault", None)
         forget()
         return sys.te_runs
 
@@ -56,10 +58,12 @@ def test_one_that_loads_is_as_it_was(installed):
 )
 def test_a_broken_one_is_absent_for_everybody(installed, whole, for_torch, cause):
     runs = installed(whole, for_torch)
-    for _ in range(2):  # as megatron-core's modules ask, each for itself
+    before = list(sys.meta_path)
+    assert optional_te.load_fault() is not None  # as before megatron-core's import
+    for name in (optional_te.PACKAGE, f"{optional_te.PACKAGE}.pytorch"):  # as its modules ask, each for itself
         with pytest.raises(ImportError):
-            importlib.import_module(optional_te.PACKAGE)
-    assert len(runs) == 1 and importlib.util.find_spec(optional_te.PACKAGE) is not None
+            importlib.import_module(name)
+    assert len(runs) == 1 and sys.meta_path == before
     assert f"is installed and does not load ({cause}" in optional_te.load_fault()
     assert "pip install" in optional_te.load_fault()
 

@@ -3,6 +3,8 @@
 from contextlib import nullcontext
 from dataclasses import replace
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import torch
 from data_tools import make_processor, record, write_records

@@ -6,6 +6,8 @@ exports.  Two processes do all runs once; tests look at what they brought back.
 
 import json
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import torch
 from data_tools import make_processor, record, write_records

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import torch
 from data_tools import make_processor, record, record_side, write_picture, write_records

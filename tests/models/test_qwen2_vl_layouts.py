@@ -5,6 +5,8 @@ All layouts of one world size share one start of processes.  Micro-batches diffe
 
 from functools import partial
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import qwen2_vl_reference as reference
 import torch

@@ -5,6 +5,8 @@ no_mask into padding for packed sequences, and checks what TE's DotProductAttent
 take on trust: that `cu_seqlens` bounds every token and that no segment is longer than `max_seqlen`.
 """
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import qwen2_vl_reference as reference
 import torch

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import pytest
 import torch
 from megatron.core.pipeline_parallel.schedules import get_schedule_table

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor

@@ -8,6 +8,8 @@ FP8 weight from others, is megatron's and Transformer Engine's own.
 from collections.abc import Mapping
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core import fp8_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

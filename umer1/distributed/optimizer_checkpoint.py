@@ -21,6 +21,8 @@ import functools
 import types
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

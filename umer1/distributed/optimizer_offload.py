@@ -9,6 +9,8 @@ the updated weights are rounded into the model's as they always are.
 import types
 from collections.abc import Iterator
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

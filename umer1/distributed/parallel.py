@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
+import umer1.megatron_import  # noqa: F401
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -7,6 +7,8 @@ them, except hidden states, which only the last pipeline stage has (None elsewhe
 import json
 from dataclasses import dataclass
 
+import umer1.megatron_import  # noqa: F401
+
 import numpy as np
 import torch
 import torch.distributed as dist

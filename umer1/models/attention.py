@@ -12,6 +12,8 @@ The kernel is torch's scaled_dot_product_attention, or Transformer Engine's on C
 import copy
 from dataclasses import dataclass
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams

@@ -10,6 +10,8 @@ import functools
 import logging
 from typing import Literal
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,

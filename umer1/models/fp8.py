@@ -7,6 +7,8 @@ docs/fp8.md for what has been run and what has not.
 from dataclasses import dataclass
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8_utils import get_fp8_align_size

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core import fp8_utils
 

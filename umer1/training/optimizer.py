@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides

@@ -4,6 +4,8 @@ import base64
 import random
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import numpy as np
 import torch
 from megatron.core import tensor_parallel

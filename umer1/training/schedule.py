@@ -4,6 +4,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 

@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.distributed as dist
 from megatron.core.utils import get_model_config

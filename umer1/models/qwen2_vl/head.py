@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -1,5 +1,7 @@
 """Qwen2-VL's ViT on megatron layers: patch embedding, 2-D rotary blocks with one attention window per frame, merger."""
 
+import umer1.megatron_import  # noqa: F401
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -48,6 +48,8 @@ def engine_environment(cuda_devices: list[int] | None = None) -> dict[str, str]:
     for name, value in _SETTINGS.items():
         environment.setdefault(name, value)
     # On the CPU vLLM warns anew with every picture and every update
+    if not device.has_cuda():
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM's small functions: seconds of compiling, no gain
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if device.has_cuda() else "ERROR")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_SITE), environment.get("PYTHONPATH")]))
     if cuda_devices is not None:
