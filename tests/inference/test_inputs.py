@@ -19,7 +19,7 @@ def test_forms_of_media_and_ids(tmp_path):
         tmp_path,
         {"id": "a", "text": "one", "image": "x.png"},
         b"",
-        {"id": 7, "text": "two", "image": ["x.png", "y.png"], "label": "passed over"},
+        {"id": 7, "text": "two", "image": ["x.png", "y.png"], "_label": "not read"},
         {"id": "c", "video": ["1.png", "2.png"], "image": ""},
     )
     inputs, bad = read_inputs(path)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from umer1.data.bad_samples import BadSample
-from umer1.data.fields import image_paths, kind_of, video_paths
+from umer1.data.fields import check_keys, image_paths, kind_of, video_paths
 from umer1.data.index_cache import content_digest, open_index
 from umer1.data.indexing import MAX_RECORD_BYTES, NAME_KEYS, FileIndex
 from umer1.data.media import MediaRoot
@@ -21,6 +21,8 @@ from umer1.data.processor import Processor
 from umer1.data.schema import EncodedPair, Pair, Side
 
 _HUMAN, _GPT = "human", "gpt"
+_PAIR_KEYS = ("dataset_name", "qry", "pos", "neg")
+_SIDE_KEYS = ("image", "video", "conversations")
 
 
 class RecordFile:
@@ -135,7 +137,8 @@ def parse_pair(record: Any, index: int = -1) -> Pair:
         raise BadSample("bad_record", f"a record must be an object, not {kind_of(record)}")
     if "qry" not in record and "qry_text" in record:
         raise BadSample("bad_record", "this is a pair of an RL file; SFT takes SFT files (qry, pos)")
-    name = record.get("dataset_name", "")
+    check_keys("", record, _PAIR_KEYS)
+    name = record.get("dataset_name") or ""
     if not isinstance(name, str):
         raise BadSample("bad_record", f"dataset_name must be a string, not {kind_of(name)}")
     negatives = record.get("neg")
@@ -155,6 +158,7 @@ def parse_pair(record: Any, index: int = -1) -> Pair:
 def _parse_side(name: str, side: Any) -> Side:
     if not isinstance(side, dict):
         raise BadSample("bad_record", f"{name} must be an object, not {kind_of(side)}")
+    check_keys(name, side, _SIDE_KEYS)
     turns = side.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadSample("bad_record", f"{name}.conversations must be a list of turns")

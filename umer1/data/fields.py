@@ -1,9 +1,28 @@
 """Fields that records of SFT and RL files share: media paths, and JSON's words for what stands there instead."""
 
+import difflib
 from typing import Any
 
 from umer1.data.bad_samples import BadSample
 from umer1.data.video_files import is_video_file
+
+_FREE = ("id", "metadata")  # what a user may keep beside a record, as under any name that begins with _
+
+
+def check_keys(where: str, record: dict[str, Any], known: tuple[str, ...]) -> None:
+    """BadSample("bad_record") on a key that no reader knows: a misspelt one would lose its picture without a word."""
+    unknown = [key for key in record if key not in known and key not in _FREE and not key.startswith("_")]
+    if not unknown:
+        return
+    key = unknown[0]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    nearest = f"; did you mean {close[0]}?" if close else "."
+    place = f"{where} has" if where else "there is"
+    raise BadSample(
+        "bad_record",
+        f"{place} an unknown key {key[:80]!r}{nearest or '.'} Known are {', '.join(known)}"
+        f" (and what is not read: {', '.join(_FREE)}, names with a leading _)",
+    )
 
 
 def image_paths(name: str, value: Any) -> tuple[str, ...]:

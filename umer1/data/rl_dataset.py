@@ -3,9 +3,12 @@
 from umer1.data import prompts
 from umer1.data.bad_samples import BadSample
 from umer1.data.dataset import RecordFile
-from umer1.data.fields import image_paths, kind_of, video_paths
+from umer1.data.fields import check_keys, image_paths, kind_of, video_paths
 from umer1.data.indexing import RL_NAME_KEYS
 from umer1.data.schema import Pair, Prompt, PromptPair, Side
+
+_SIDE_KEYS = tuple(f"{side}_{kind}" for side in ("qry", "pos") for kind in ("text", "image", "video"))
+_KEYS = ("dataset", "dataset_name", *_SIDE_KEYS, "solution")
 
 
 class PromptDataset(RecordFile):
@@ -26,6 +29,7 @@ class PromptDataset(RecordFile):
             raise BadSample("bad_record", f"a record must be an object, not {kind_of(record)}")
         if "qry_text" not in record and isinstance(record.get("qry"), dict):
             raise BadSample("bad_record", "this is a pair of an SFT file; GRPO takes RL files (qry_text, ...)")
+        check_keys("", record, _KEYS)
         for key in self.name_keys:
             if not isinstance(record.get(key, ""), str | None):
                 raise BadSample("bad_record", f"{key} must be a string, not {kind_of(record[key])}")

@@ -64,7 +64,8 @@ class EncodeConfig:
         if self.num_workers < 1:
             found.append(f"num_workers={self.num_workers} must be 1 or above")
         if self.input and self.output:
-            for path in (responses_path(self.output), bad_path(self.output)):
+            responses = [responses_path(self.output)] if self.mode == "gen" else []
+            for path in (*responses, bad_path(self.output)):
                 if same_place(path, self.input):
                     found.append(f"output={self.output!r} would write {path} over the input; choose another name")
         return found

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umer1.data.bad_samples import BadSample
+from umer1.data.fields import check_keys
 from umer1.data.video_files import is_video_file
 from umer1.errors import UserError
 
+_KEYS = ("id", "text", "image", "video")
+_MAX_ID = 1024  # characters: the file of vectors gives every id the room of the longest
 _SHOWN = 20  # offending lines that one message lists
 
 
@@ -36,7 +40,7 @@ class BadInput:
 
 
 def read_inputs(path: str | Path) -> tuple[list[Input], list[BadInput]]:
-    """All usable inputs in file order, and every line that is not one.  Fields beyond the four are passed over."""
+    """All usable inputs in file order, and every line that is not one."""
     inputs: list[Input] = []
     bad: list[BadInput] = []
     first_line: dict[str, int] = {}
@@ -49,13 +53,15 @@ def read_inputs(path: str | Path) -> tuple[list[Input], list[BadInput]]:
                 try:
                     record = _parse(raw)
                     record_id = _id(record)
+                    check_keys("", record, _KEYS)
                     item = Input(record_id, _text(record), _paths(record, "image"), _paths(record, "video"), number)
                     if not item.text.strip() and not item.images and not item.video:
                         raise ValueError("there is neither text nor image nor video")
                     if record_id in first_line:
                         raise ValueError(f"the id {record_id!r} stands in line {first_line[record_id]} already")
-                except ValueError as error:
-                    bad.append(BadInput(number, record_id, "bad_record", str(error)))
+                except (ValueError, BadSample) as error:
+                    reason = error.detail if isinstance(error, BadSample) else str(error)
+                    bad.append(BadInput(number, record_id, "bad_record", reason))
                     continue
                 first_line[record_id] = number
                 inputs.append(item)
@@ -82,6 +88,8 @@ def _id(record: dict) -> str:
     value = record.get("id")
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
         raise ValueError(f'"id" must be a non-empty string or a whole number, not {value!r}')
+    if len(str(value)) > _MAX_ID:
+        raise ValueError(f'"id" has {len(str(value))} characters, more than {_MAX_ID}')
     if "\0" in str(value) or not str(value).isprintable():
         raise ValueError(f'"id" {value!r} holds characters that cannot be printed')
     return str(value)

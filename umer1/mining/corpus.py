@@ -44,7 +44,7 @@ class Corpus:
     pairs: np.ndarray  # int64 [M]: their places in the file
     query_of: np.ndarray  # int64 [M]: place in `queries`
     positive_of: np.ndarray  # int64 [M]: place in `candidates`
-    bad: dict[int, str]  # of the others: place in the file -> cause
+    bad: dict[int, BadSample]  # of the others: place in the file -> why
 
 
 def read_corpus(dataset: PairDataset, mode: str, *, across_data_sets: bool) -> Corpus:
@@ -58,7 +58,7 @@ def read_corpus(dataset: PairDataset, mode: str, *, across_data_sets: bool) -> C
         try:
             pair = dataset.read(index)
         except BadSample as error:
-            bad[index] = error.cause
+            bad[index] = error
             continue
         group = 0 if across_data_sets else int(dataset.name_ids[index])
         query = queries.add("qry", pair.query, index, group, mode)

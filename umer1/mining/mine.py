@@ -84,7 +84,9 @@ def work_folder(config: MineConfig) -> Path:
 
 def _refuse(config: MineConfig, corpus: Corpus, count: int) -> None:
     if corpus.bad and not config.skip_bad_inputs:
-        lines = [f"  record {index}: {cause}" for index, cause in list(corpus.bad.items())[:_SHOWN]]
+        lines = [
+            f"  record {index}: {error.cause}: {error.detail}" for index, error in list(corpus.bad.items())[:_SHOWN]
+        ]
         lines += [f"  and {len(corpus.bad) - _SHOWN} more"] if len(corpus.bad) > _SHOWN else []
         raise UserError(
             f"{config.input}: {len(corpus.bad)} of {count} records are not SFT pairs; mend them, or leave them as they "

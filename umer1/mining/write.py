@@ -58,7 +58,7 @@ def _account(config: MineConfig, dataset: PairDataset, corpus: Corpus, mined: Mi
     found = (mined.negatives >= 0).sum(1)
     embedded = np.isfinite(mined.positive_scores)
     names = np.array([dataset.dataset_name(index) or "(unnamed)" for index in corpus.pairs.tolist()])
-    bad = Counter((dataset.dataset_name(index) or "(unnamed)", cause) for index, cause in corpus.bad.items())
+    bad = Counter((dataset.dataset_name(index) or "(unnamed)", error.cause) for index, error in corpus.bad.items())
 
     def of(rows: np.ndarray) -> dict[str, Any]:
         return {
