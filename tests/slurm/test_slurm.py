@@ -144,8 +144,6 @@ def test_grpo_with_engines_on_a_node_of_their_own(slurm, tmp_path):
         "3",
         "--save",
         "run",
-        "--parity-interval",
-        "1",
         "--parity-threshold",
         "1e-3",
         "--export-hf",

@@ -36,7 +36,7 @@ def flags(setting, *more: str) -> list[str]:
 def test_every_update_arrives(setting, layout, tmp_path):
     save = tmp_path / "run"
     more = [*layout.split(), "--train-iters", str(STEPS), "--save", str(save), "--log-rollouts", str(STEPS)]
-    more += ["--parity-interval", "1", "--parity-threshold", str(LIMIT), "--num-generations", "2"]
+    more += ["--parity-threshold", str(LIMIT), "--num-generations", "2"]
     out = succeed(flags(setting, *more), 2 if layout else 1)
     assert "engine               vllm" in out
     found = records(save)
@@ -77,7 +77,7 @@ def moved(setting, lines: list[dict]) -> float:
     ],
 )
 def test_a_fault_stops_the_run(setting, fault, words, tmp_path):
-    more = ["--parity-interval", "1", "--train-iters", "6", "--save", str(tmp_path / "run"), "--lr", "2e-2"]
+    more = ["--train-iters", "6", "--save", str(tmp_path / "run"), "--lr", "2e-2"]
     done = run_in_forks(BROKEN, [fault, *flags(setting, *more)])
     assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stderr.count("grpo: error:") == 1 and "Traceback" not in done.stderr

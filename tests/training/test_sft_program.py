@@ -77,6 +77,18 @@ def test_non_finite_steps_are_skipped_on_all_ranks_and_end_the_run(good, tmp_pat
     assert not all(torch.isfinite(torch.tensor(record["loss"] or float("nan"))) for record in found)
 
 
+def test_a_short_run_of_non_finite_steps_fails_and_leaves_no_export_and_no_checkpoint_of_them(good, tmp_path):
+    """Fewer steps than --max-consecutive-skips: step 1 makes the weights what all others fail by."""
+    save, export = tmp_path / "run", tmp_path / "hf"
+    more = ["--fp32", "--lr", "1e30", "--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--train-iters", "4"]
+    more += ["--save", str(save), "--save-interval", "1", "--export-hf", str(export)]
+    done = run_in_forks(SFT, arguments(good, *more), 1)
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stderr.count("pretrain_sft: error:") == 1 and "the last 3 of 4 steps" in done.stderr
+    assert "training is complete" not in done.stdout and not (export / "config.json").exists()
+    assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000001"]
+
+
 def test_dume_needs_no_responses_and_no_cross_entropy(good, tmp_path):
     done = run_in_forks(SFT, arguments(good, "--fp32", "--variant", "dume", "--overlap-grad-reduce"), 2)
     assert done.returncode == 0, done.stderr[-3000:]

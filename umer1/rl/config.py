@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
+VLLM_TEMPERATURES = (0.01, 2.0)  # below, vLLM samples at 0.01 instead; above, it refuses every request
+
+
+def vllm_temperature_problems(temperature: float) -> list[str]:
+    """[] or why vLLM does not sample at a temperature above 0."""
+    low, high = VLLM_TEMPERATURES
+    if low <= temperature <= high:
+        return []
+    return [f"temperature={temperature} must be {low} to {high:g} for vLLM; or use the torch engine"]
+
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
@@ -36,10 +46,11 @@ class RolloutConfig:
     """Dead engines that are started anew in one run; one more saves the run and stops it."""
     weight_sync_timeout_seconds: float = 300.0
     """Seconds after which a weight update that some engine did not finish ends the run."""
-    parity_interval: int = 10
-    """Steps between checks that trainer and engine agree on log-probs; the first step is always checked."""
     parity_threshold: float | None = None
-    """Mean |difference| of log-probs above which a checked step stops the run; default: 0.01 in fp32, 0.2 in bf16."""
+    """Mean |difference| of log-probs of trainer and engine above which a step stops the run; default: 0.01 in fp32,
+    0.2 in bf16."""
+    max_failed_steps: int = 5
+    """Steps in a row without a single response that stop the run."""
     log_rollouts: int = 10
     """Steps between files of rollouts under SAVE/rollouts; 0 for none."""
     log_rollouts_prompts: int = 4
@@ -48,7 +59,7 @@ class RolloutConfig:
     def violations(self) -> list[str]:
         found = []
         at_least = {"num_generations": 2, "max_completion_length": 1, "rollout_tensor_parallel_size": 1}
-        at_least |= {"rollout_max_sequences": 1, "rollout_max_restarts": 0, "parity_interval": 1}
+        at_least |= {"rollout_max_sequences": 1, "rollout_max_restarts": 0, "max_failed_steps": 1}
         at_least |= {"log_rollouts": 0, "log_rollouts_prompts": 1}
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -56,6 +67,8 @@ class RolloutConfig:
                 found.append(f"{name}={getattr(self, name)} must be {least} or above{why}")
         if not 0 < self.temperature < float("inf"):
             found.append(f"temperature={self.temperature} must be above 0; without chance all responses are equal")
+        elif self.rollout_engine != "torch":
+            found += vllm_temperature_problems(self.temperature)
         if self.top_p != 1.0:
             found.append(f"top_p={self.top_p} is refused: the policy's log-probs are those of top_p=1")
         if self.top_k != 0:

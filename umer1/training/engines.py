@@ -11,7 +11,7 @@ from umer1.errors import UserError
 from umer1.models.qwen2_vl.config import Qwen2VLConfig
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.engines.torch_engine import TorchEngine
-from umer1.rl.engines.vllm_assets import check_head_size
+from umer1.rl.engines.vllm_assets import check_head_size, check_positions
 from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 from umer1.rl.phase import FollowingEngine, RolloutPhase
@@ -85,6 +85,8 @@ def make_engine(config: GRPOConfig, directory: HFDirectory, state: ParallelState
     number, place = divmod(state.rank, ranks)
     if place:
         return FollowingEngine()
+    if not config.rollout.servers():
+        check_positions(directory, length, f"--seq-length {length}")
     save, servers = config.checkpoint.save, config.rollout.servers()
     local_rank = device.local_rank()
     return VLLMEngine(

@@ -77,7 +77,8 @@ class GRPOTrainer(Trainer):
             self.reference = self.find_reference(resumed)
         self.open_logs()
         self.place_in_data = source.state_dict()  # before the step at hand
-        self.engine_is_current = self.parity_is_due = False
+        self.failed_in_a_row = self.unusable_in_a_row = 0
+        self.engine_is_current = False
         self.restarts = 0
         self.seconds: dict[str, float] = {}
         self.not_logged: list[dict[str, Any]] = []  # records of steps since the last log line
@@ -89,7 +90,6 @@ class GRPOTrainer(Trainer):
         """Train, evaluate and save at their intervals and at the end, export; leave early on SIGTERM or SIGUSR1."""
         if self.state.rank == 0:  # a source of data, which can describe it
             self.say(self.describe())
-        self.parity_is_due = True
         try:
             if self.iteration == 0 or self.evaluation_is_due:  # of the start, or one that a signal broke off
                 self.note_evaluation(self.evaluate())
@@ -104,7 +104,7 @@ class GRPOTrainer(Trainer):
                 finally:
                     self.log(record)
                 number = self.agree_on_signal()
-                if number or self.finished or self.checkpointer.is_due(self.iteration):
+                if number or self.checkpoint_is_due:
                     self.save(last=bool(number) or self.finished)
                 if number and not self.finished:
                     self.plot()
@@ -133,6 +133,7 @@ class GRPOTrainer(Trainer):
             with self.clock("score"):
                 self.add_reference_logprobs(scored)
             record = self.scorer.summary(rounds[0])
+        self.check_rollouts(record)
         self.check_parity(record)
         self.iteration += 1  # before an update that may save and stop the run: data and count go together
         with self.clock("update"):
@@ -204,7 +205,7 @@ class GRPOTrainer(Trainer):
                 if self.agree_on_signal():
                     raise Interrupted("no engine is started anew by a run that leaves") from None
                 self.restarts += 1
-                self.engine_is_current, self.parity_is_due = False, True
+                self.engine_is_current = False
                 limit = self.config.rollout.rollout_max_restarts
                 if self.restarts > limit:
                     raise EnginesFailed(
@@ -214,12 +215,28 @@ class GRPOTrainer(Trainer):
                 self.say(f"a rollout engine died and is started anew ({self.restarts} of {limit}): {error}")
                 self.phase.restart()
 
+    def check_rollouts(self, record: dict[str, Any]) -> None:
+        """Stop a run that gets no response at all, and say once when no response can be used; the same on all ranks."""
+        self.failed_in_a_row = self.failed_in_a_row + 1 if record["failed_share"] == 1.0 else 0
+        self.unusable_in_a_row = self.unusable_in_a_row + 1 if record["missing_gen_emb_share"] == 1.0 else 0
+        limit, config = self.config.rollout.max_failed_steps, self.config.rollout
+        if self.failed_in_a_row >= limit:
+            raise UserError(
+                f"iteration {self.iteration + 1}: all responses failed in {limit} steps in a row, the limit of "
+                f"--max-failed-steps{self.hint()}. The {self.phase.engine.name} engine's log says "
+                f"why it refuses; --rollout-timeout-seconds is {config.rollout_timeout_seconds:g}"
+            )
+        if self.unusable_in_a_row == limit:
+            self.say(
+                f"no response of the last {limit} steps has a <gen_emb>, so that all rewards are 0: raise "
+                f"--max-completion-length {config.max_completion_length} if they are cut off, or begin from a model "
+                "that SFT has taught to reason"
+            )
+
     def check_parity(self, record: dict[str, Any]) -> None:
         """Stop a run whose trainer and engine disagree on the log-probs of the same tokens; the same on all ranks."""
-        config = self.config.rollout
-        if not (self.parity_is_due or self.iteration % config.parity_interval == 0):
+        if not record["generated_tokens"]:  # all rollouts failed: nothing was compared
             return
-        self.parity_is_due = not record["generated_tokens"]  # all rollouts failed: nothing was compared
         limit, mean = self.parity_threshold, record["mismatch_mean"]
         if not mean <= limit:
             raise UserError(

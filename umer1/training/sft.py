@@ -66,7 +66,7 @@ class SFTTrainer(Trainer):
                     self.log(interval)
                     interval = []
                 number = self.agree_on_signal()
-                if number or self.finished or self.checkpointer.is_due(self.iteration):
+                if number or self.checkpoint_is_due:
                     self.save(last=bool(number) or self.finished)
                 if number and not self.finished:
                     self.plot()

@@ -199,6 +199,11 @@ class Trainer:
         return self.iteration >= self.config.optimizer.train_iters
 
     @property
+    def checkpoint_is_due(self) -> bool:
+        """Not after a skipped step: its weights are an earlier step's, and may be what the next steps fail by, too."""
+        return not self.skipped_in_a_row and (self.finished or self.checkpointer.is_due(self.iteration))
+
+    @property
     def is_logged(self) -> bool:
         """Whether the step that was just done ends a log interval."""
         return self.iteration % self.config.logging.log_interval == 0 or self.finished
@@ -275,7 +280,12 @@ class Trainer:
                 plot_training(record, record.with_name("training.png"))
 
     def finish(self) -> None:
-        """Export, plot, and say what comes next."""
+        """Export, plot, and say what comes next.  UserError when the last steps were skipped."""
+        if self.skipped_in_a_row:
+            raise UserError(
+                f"the last {self.skipped_in_a_row} of {self.iteration} steps had a non-finite loss or gradient: "
+                f"nothing is exported{self.hint()}. Try a smaller --lr or --bf16"
+            )
         where, save = self.config.model.export_hf, self.config.checkpoint.save
         if where:
             with self.watch.phase("exporting"), self.settled():

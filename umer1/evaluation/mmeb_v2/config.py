@@ -7,6 +7,7 @@ from typing import Literal
 from umer1.evaluation.adaptive import AdaptiveRule
 from umer1.inference.engine import EngineConfig
 from umer1.inference.generate import GenerationConfig
+from umer1.rl.config import vllm_temperature_problems
 from umer1.rl.engines.vllm_install import has_vllm, how_to_install
 from umer1.rules import bound_problems, path_problems, same_place
 
@@ -125,6 +126,8 @@ class MMEBCommand:
         found = [] if has_vllm() else [f"engine=vllm: vLLM is not installed: {how_to_install()}; or use --engine torch"]
         if self.generation.top_p != 1.0:
             found.append(f"top_p={self.generation.top_p} must be 1 with engine=vllm; or use --engine torch")
+        if self.generation.temperature > 0:
+            found += vllm_temperature_problems(self.generation.temperature)
         if self.engine.tensor_model_parallel_size * self.engine.pipeline_model_parallel_size > 1:
             found.append("engine=vllm has one engine a process: tensor and pipeline parallel sizes must be 1")
         return found

@@ -3,7 +3,6 @@
 One vLLM engine in a child of each process (umer1/rl/engines), filled with the weights that umer1's engine holds.
 """
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from umer1.inference.generate import GenerationConfig, Response
 from umer1.inference.inputs import Input
 from umer1.models.qwen2_vl.directory import HFDirectory
 from umer1.rl.config import RolloutConfig
+from umer1.rl.engines.vllm_assets import check_positions
 from umer1.rl.engines.vllm_engine import VLLMEngine
 from umer1.rl.types import Completion, EngineDied, Request, Sampling
 from umer1.rl.weight_sync import WeightSync
@@ -45,13 +45,8 @@ class VLLMEmbedder:
         self.engine, self.generation, self.directory = engine, generation, directory
         # a prompt of the longest kind, the response, and the <gen_emb> that closes it
         longest = engine.config.max_input_tokens + generation.max_new_tokens + 1
-        positions = json.loads(directory.assets["config.json"])
-        positions = positions.get("text_config", positions).get("max_position_embeddings", longest)
-        if longest > positions:
-            raise UserError(
-                f"--max-input-tokens {engine.config.max_input_tokens} + --max-new-tokens {generation.max_new_tokens} "
-                f"+ 1 is more than the model's {positions} positions, which vLLM refuses; lower one of them"
-            )
+        parts = engine.config.max_input_tokens, generation.max_new_tokens
+        check_positions(directory, longest, "--max-input-tokens {} + --max-new-tokens {} + 1".format(*parts))
         self.reader = make_processor(replace(engine.config, max_input_tokens=longest), directory)
         self.stop_ids = tuple(engine.stop_ids.tolist())
         if generation.stop_at_gen_emb:

@@ -1,5 +1,6 @@
 """The directory that vLLM is built on: config, tokenizer, and preprocessors that only cut and normalise."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def check_head_size(config: Qwen2VLConfig) -> None:
             f"vLLM on the CPU cannot run heads of size {config.head_dim} (hidden size / heads); legal are "
             f"{', '.join(map(str, _CPU_HEAD_SIZES))}"
         )
+
+
+def check_positions(directory: HFDirectory, length: int, asked: str) -> None:
+    """Raises UserError for sequences of `length` tokens, as the setting `asked` wants them, that vLLM would refuse."""
+    settings = json.loads(directory.assets["config.json"])
+    positions = (settings.get("text_config") or settings).get("max_position_embeddings", length)
+    if length > positions:
+        raise UserError(f"{asked} is more than the model's {positions} positions, which vLLM refuses; lower it")
 
 
 def save_engine_assets(directory: HFDirectory, config: ImageConfig, destination: Path, *, dtype: str, max_tokens: int):
