@@ -132,7 +132,7 @@ SUITE = Suite(
         Provider(name="torch eager", make=timed(index_first)),
         Provider(name="torch.compile", make=compiled(index_first)),
         Provider(name="umer1 torch", make=umer1("torch"), ours=True),
-        Provider(name="umer1 compiled", make=umer1("auto"), ours=True, fits=no_extension),
+        Provider(name="umer1 compiled", make=umer1("cuda"), ours=True, fits=no_extension),
     ],
     inputs=make_inputs,
     reference=reference,

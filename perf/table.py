@@ -217,6 +217,9 @@ def _described(machine: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ targets
 
 
+TARGET_GPUS = ("H200", "H100")  # the targets hold for one of either; ratios are never of two machines
+
+
 def find(
     records: list[dict[str, Any]],
     suite: str,
@@ -224,11 +227,11 @@ def find(
     mode: str = "forward + backward",
     **shape: int,
 ) -> dict | None:
-    """The fastest measured row on an H200, of the providers that are asked for."""
+    """The fastest measured row on a GPU of the targets, of the providers that are asked for."""
     rows = [
         row
         for record in records
-        if record["suite"] == suite and "H200" in record["machine"]["device"]
+        if record["suite"] == suite and any(gpu in record["machine"]["device"] for gpu in TARGET_GPUS)
         for row in record["rows"]
         if "seconds" in row and row["mode"] == mode and provider(row["provider"])
         if shape.items() <= row["shape"].items()
@@ -251,7 +254,9 @@ def _ratio(above: dict | None, below: dict | None, value: Callable[[dict], float
 
 
 def targets_table(records: list[dict[str, Any]]) -> str:
-    """The targets on one H200 and what was measured there."""
+    """The targets on one H200, or on one H100 where no H200 was measured, and what was measured there."""
+    there = {gpu: [record for record in records if gpu in record["machine"]["device"]] for gpu in TARGET_GPUS}
+    records = next((found for found in there.values() if found), [])
 
     def nce(provider: Callable[[str], bool], rows: int = 16384) -> dict | None:
         return find(records, "infonce", provider, B=rows, D=1536)

@@ -75,7 +75,7 @@ def test_nothing_is_claimed_without_a_gpu_record():
     text = readme([nce() | {"machine": {"device": "CPU"}}])
     assert "No kernel has run on a GPU yet" in text
     assert set(targets([nce() | {"machine": {"device": "CPU"}}]).values()) == {NOT_MEASURED}
-    assert set(targets([nce() | {"machine": {"device": "NVIDIA H100 80GB HBM3"}}]).values()) == {NOT_MEASURED}
+    assert set(targets([nce() | {"machine": {"device": "NVIDIA A100-SXM4-80GB"}}]).values()) == {NOT_MEASURED}
     assert set(targets([]).values()) == {NOT_MEASURED}
 
 
@@ -84,6 +84,13 @@ def test_targets_come_from_the_record():
     # share of the floor, against the faster of both with fp32 logits, Inf-CL not there, memory, ...
     assert found[:4] == ["50%", "3.00x", NOT_MEASURED, "30.00x"]
     assert "No kernel has run on a GPU yet" not in readme([nce()])
+
+
+def test_targets_are_of_one_machine_an_h100_where_there_is_no_h200():
+    h100 = nce() | {"machine": {"device": "NVIDIA H100 80GB HBM3"}}
+    assert targets([h100]) == targets([nce()])
+    faster = record("infonce", [row("umer1 triton", 1e-3, LARGE)])  # an H200 with one row alone: no ratio to the H100's
+    assert list(targets([h100, faster]).values())[1] == NOT_MEASURED
 
 
 def test_the_forward_alone_is_what_the_gather_is_judged_by():
