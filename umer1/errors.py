@@ -34,6 +34,7 @@ def exit_on_user_error(program: str):
     Control characters in a message, which quotes data, are escaped.
     """
     # megatron-core calls collectives by names that torch will change; a program may say what it shows, a library not
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
     with _end_with_the_reader():
         try:

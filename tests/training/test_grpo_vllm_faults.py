@@ -69,7 +69,7 @@ def test_a_signal_to_all_processes_and_late_rollouts(setting, tmp_path):
     output = run.finish(seconds=60)
     assert "stopped by SIGTERM during the rollouts of iteration 2" in output and "died" not in output
     run.assert_no_orphans()
-    run = Run(setting, tmp_path, *VLLM, "--rollout-timeout-seconds", "0.5", "--log-rollouts-prompts", "4")
+    run = Run(setting, tmp_path, *VLLM, "--rollout-timeout-seconds", "0.1", "--log-rollouts-prompts", "4")
     assert "resumed at iteration 1" in run.finish()
     run.assert_no_orphans()
     late = metrics(tmp_path)[1:]

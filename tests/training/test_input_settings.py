@@ -45,7 +45,7 @@ def trained(tmp_path_factory):
 def settings_of(path, **flags) -> dict:
     """What the commands take from `path`."""
     processor = of_engine(EngineConfig(model=str(path), **flags), open_model(path))
-    found = InputSettings.of(processor)
+    found = InputSettings.of(processor.image_config, processor.blank_image_for_text)
     return {name: getattr(found, name) for name in WANTED}
 
 

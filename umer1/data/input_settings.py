@@ -25,16 +25,15 @@ class InputSettings:
     blank_image_for_text: bool
 
     @staticmethod
-    def of(processor: Any) -> "InputSettings":
-        """Those of a Processor."""
-        pictures = processor.image_config
+    def of(pictures: Any, blank_image_for_text: bool) -> "InputSettings":
+        """Those of an ImageConfig, and of whether a text-only input gets the white picture."""
         return InputSettings(
             image_min_pixels=pictures.min_pixels,
             image_max_pixels=pictures.max_pixels,
             video_min_pixels=pictures.video_min_pixels,
             video_max_pixels=pictures.video_max_pixels,
             num_frames=pictures.num_frames,
-            blank_image_for_text=processor.blank_image_for_text,
+            blank_image_for_text=blank_image_for_text,
         )
 
     @staticmethod

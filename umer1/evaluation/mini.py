@@ -195,7 +195,7 @@ def evaluate(engine: Engine, benchmark: Benchmark, config: EvalConfig) -> dict |
         "umer1": __version__,
         "device": devices.device_name(),
         "dtype": str(engine.dtype).removeprefix("torch."),
-        "inputs": asdict(InputSettings.of(engine.processor)),
+        "inputs": asdict(InputSettings.of(engine.processor.image_config, engine.processor.blank_image_for_text)),
         "data_parallel_size": state.dp_size,
         "seed": config.seed,
         "num_samples": config.num_samples if gen else 0,

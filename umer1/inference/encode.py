@@ -147,7 +147,7 @@ def made_by(command: EncodeCommand, sha256: str, processor: Processor) -> dict[s
         "mode": command.encode.mode,
         "model_sha256": sha256,
         "dtype": str(command.engine.dtype).removeprefix("torch."),
-        "inputs": asdict(InputSettings.of(processor)),
+        "inputs": asdict(InputSettings.of(processor.image_config, processor.blank_image_for_text)),
         "max_input_tokens": command.engine.max_input_tokens,
         "generation": asdict(command.generation) if generates else None,
         "versions": _versions(),

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from umer1 import device
 from umer1.configuration import to_yaml
-from umer1.data.input_settings import InputSettings
+from umer1.data.images import ImageConfig
+from umer1.data.input_settings import InputSettings, settle_inputs
 from umer1.distributed.fp8_weights import finish_gather
 from umer1.distributed.optimizer_checkpoint import rounded_main_weights
 from umer1.distributed.parallel import ParallelState
@@ -24,7 +25,7 @@ from umer1.models.qwen2_vl.weights import save_hf, unwrap
 from umer1.sharing.card import Subject
 from umer1.sharing.documents import export_documents
 from umer1.sharing.training_run import describe_run, note_start, pairs_of
-from umer1.training.batches import DataSource, make_processor, raise_together
+from umer1.training.batches import DataSource, raise_together
 from umer1.training.checkpoint import Checkpointer
 from umer1.training.metrics import MetricsLogger
 from umer1.training.offending import LossWatch, list_samples
@@ -52,7 +53,9 @@ class Trainer:
         source: DataSource,
         models: list[torch.nn.Module],
     ):
-        directory = InputSettings.of(make_processor(config.data, directory, None)).carried_by(directory)
+        settle_inputs(config.data, directory)
+        pictures = ImageConfig.of_directory(directory, config.data)
+        directory = InputSettings.of(pictures, config.data.blank_image_for_text).carried_by(directory)
         self.config, self.directory, self.state, self.source, self.models = config, directory, state, source, models
         self.watch = watch
         with watch.phase("building the optimizer"):
