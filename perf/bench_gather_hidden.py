@@ -24,6 +24,9 @@ class Inputs:
     upstream: torch.Tensor | None  # fp32 [N, H]; None for the forward alone
 
 
+COMPILED = "cuda" if torch.cuda.is_available() else "auto"  # C++ on the CPU
+
+
 def make_inputs(case: Case, place: torch.device) -> Inputs:
     tokens, width, rows = (case.shape[name] for name in ("T", "H", "N"))
     hidden = torch.randn(tokens, width, device=place).to(case.dtype)
@@ -132,7 +135,12 @@ SUITE = Suite(
         Provider(name="torch eager", make=timed(index_first)),
         Provider(name="torch.compile", make=compiled(index_first)),
         Provider(name="umer1 torch", make=umer1("torch"), ours=True),
-        Provider(name="umer1 compiled", make=umer1("cuda"), ours=True, fits=no_extension),
+        Provider(
+            name="umer1 compiled",
+            make=umer1("cuda" if torch.cuda.is_available() else "auto"),
+            ours=True,
+            fits=no_extension,
+        ),
     ],
     inputs=make_inputs,
     reference=reference,

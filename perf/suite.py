@@ -123,8 +123,11 @@ class Session:
         shape = {"shape": dict(case.shape), "dtype": dtype_name(case.dtype), "mode": case.mode}
         row = {"provider": provider.name, "ours": provider.ours, "not_measured": "broke off"}
         try:
-            with as_named(provider):
-                row = measured(provider, inputs, reference, cost, self.record["ceilings"], timer)
+            if (obstacle := provider.obstacle(inputs)) is not None:
+                row = row | {"not_measured": obstacle}
+            else:
+                with as_named(provider):
+                    row = measured(provider, inputs, reference, cost, self.record["ceilings"], timer)
         finally:  # one of ours that fails, and what is interrupted, are lines of the record too
             self.record["rows"].append(shape | {"flops": cost.flops, "bytes": cost.bytes} | row)
             save_record(self.record, self.folder)

@@ -28,6 +28,9 @@ class Task:
     groups: dict[str, list[str]]  # split -> each query's group, "" for none
 
 
+_OF_A_QUERY = ("label", "solution", "groups")
+
+
 @dataclass(frozen=True, slots=True)
 class Benchmark:
     """All tasks of one benchmark."""
@@ -80,7 +83,7 @@ def _read_task(folder: Path, name: str, entry: dict) -> Task:
 
 
 def _inputs(path: Path) -> list[Input]:
-    inputs, bad = read_inputs(path)
+    inputs, bad = read_inputs(path, _OF_A_QUERY)
     if bad:
         raise UserError(bad_inputs_message(path, bad, len(inputs) + len(bad)))
     return inputs

@@ -39,8 +39,11 @@ class BadInput:
     detail: str
 
 
-def read_inputs(path: str | Path) -> tuple[list[Input], list[BadInput]]:
-    """All usable inputs in file order, and every line that is not one."""
+def read_inputs(path: str | Path, more: tuple[str, ...] = ()) -> tuple[list[Input], list[BadInput]]:
+    """All usable inputs in file order, and every line that is not one.
+
+    more: keys that the caller reads for itself.
+    """
     inputs: list[Input] = []
     bad: list[BadInput] = []
     first_line: dict[str, int] = {}
@@ -53,7 +56,7 @@ def read_inputs(path: str | Path) -> tuple[list[Input], list[BadInput]]:
                 try:
                     record = _parse(raw)
                     record_id = _id(record)
-                    check_keys("", record, _KEYS)
+                    check_keys("", record, _KEYS + more)
                     item = Input(record_id, _text(record), _paths(record, "image"), _paths(record, "video"), number)
                     if not item.text.strip() and not item.images and not item.video:
                         raise ValueError("there is neither text nor image nor video")

@@ -51,7 +51,7 @@ def choose(op: str, impl: str, obstacles: Mapping[str, str | None]) -> str:
 def _doubt(op: str, impl: str) -> str | None:
     """Why an implementation that can run is not taken unasked, or None."""
     here = device_name()
-    if here in PROVEN.get((op, impl), ()):
+    if impl not in ("triton", "cuda") or here in PROVEN.get((op, impl), ()):
         return None
     return f"no record shows that it is faster on {here}; ask for it by impl={impl!r}"
 
